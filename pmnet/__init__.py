@@ -1,0 +1,10 @@
+"""PMNet, the method: a network that segments from a few examples by matching pixels.
+
+Importable and usable without Hydra, W&B or a dataset; see `PMNet` for a six-line example.
+"""
+
+from pmnet.backbone import Backbone, ResNetBackbone
+from pmnet.network import PMNet, PMNetHead
+
+__all__ = ["Backbone", "PMNet", "PMNetHead", "ResNetBackbone"]
+__version__ = "0.1.0"

@@ -1,0 +1,192 @@
+"""Backbone weights: named, sourced, verified, recorded.
+
+Which ImageNet weights a backbone has moves mIoU by points, so they are a named choice:
+
+    imagenet1k_v1, imagenet1k_v2   torchvision's enums (the HSNet family uses v1)
+    a1h                            timm's ResNet-50/101, used by the authors' program
+    ms_in1k, ms_in22k_ft_in1k      Microsoft's Swin-B (ms_in1k is the one of the authors' program)
+    quickstart                     the small backbone of the first run, shipped with the package
+    /a/path.pth, .safetensors      a file of your own, for instance from `experiment=pretrain_backbone`
+    none                           random, drawn with a fixed seed; results mean little
+
+Nothing is fetched unless `download` is set.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, cast
+from urllib.error import URLError
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from timm.models.swin_transformer import checkpoint_filter_fn as swin_from_original
+from torch import Tensor, nn
+
+from pmnet.errors import WeightsError
+
+log = logging.getLogger(__name__)
+
+RSB = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-rsb-weights/"
+SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+URLS = {
+    ("resnet50", "a1h"): RSB + "resnet50_a1h-35c100f8.pth",
+    ("resnet101", "a1h"): RSB + "resnet101_a1h-36d3f2aa.pth",
+    ("swin_b", "ms_in1k"): SWIN + "swin_base_patch4_window12_384.pth",
+    ("swin_b", "ms_in22k_ft_in1k"): SWIN + "swin_base_patch4_window12_384_22kto1k.pth",
+}
+SHIPPED = {("small", "quickstart"): "small_quickstart.safetensors"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a backbone's weights come from.
+
+    Attributes:
+        backbone: name of the network.
+        weights: the choice that was made, as in the config.
+        source: URL, path, or "random".
+        sha256: of the weights as loaded (names, shapes and values), so that it also tells apart files
+            of one name.
+        trained_on: what a pre-trained file says of its training: dataset, classes.
+    """
+
+    backbone: str
+    weights: str
+    source: str
+    sha256: str
+    trained_on: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_weights(
+    build: Callable[[], nn.Module], backbone: str, weights: str, download: bool
+) -> tuple[nn.Module, Provenance]:
+    """Builds a network and fills it with the weights chosen.
+
+    Args:
+        build: makes the network with random weights.
+        backbone: its name: "resnet50", ...
+        weights: a named choice or a path, see the module's docstring.
+        download: fetch a named file that is not there yet.
+
+    Raises:
+        WeightsError: unknown name, no such file, wrong hash, or weights of another network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a checkpoint holds the head only: a random backbone must come back the same
+        trunk = build()
+    if weights == "none":
+        log.warning("Backbone %s has random weights (weights=none): results mean little.", backbone)
+        return trunk, Provenance(backbone, weights, "random, seed 0", state_hash(trunk.state_dict()))
+    if (backbone, weights) in SHIPPED:
+        with as_file(files("pmnet") / "weights" / SHIPPED[backbone, weights]) as path:
+            state, trained_on = read_state(path)
+        source = f"pmnet/weights/{path.name}"
+    elif is_path(weights):
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise WeightsError(f"No backbone weights at {path.absolute()}: check `backbone.weights`.")
+        state, trained_on = read_state(path)
+        source = str(path.absolute())
+    else:
+        source = named_url(backbone, weights)
+        state, trained_on = read_state(named_file(source, backbone, weights, download))
+    if backbone == "swin_b" and "patch_embed.proj.weight" in state:
+        state = cast(dict[str, Tensor], swin_from_original(state, trunk))
+    fill(trunk, state, backbone, source)
+    return trunk, Provenance(backbone, weights, source, state_hash(trunk.state_dict()), trained_on)
+
+
+def is_path(weights: str) -> bool:
+    return "/" in weights or weights.endswith((".pth", ".pt", ".safetensors"))
+
+
+def named_url(backbone: str, weights: str) -> str:
+    urls = dict(URLS)
+    if backbone.startswith("resnet"):
+        for enum in torchvision.models.get_model_weights(backbone):
+            urls[backbone, enum.name.lower()] = enum.url
+    if (backbone, weights) not in urls:
+        known = sorted(w for b, w in [*urls, *SHIPPED] if b == backbone)
+        raise WeightsError(
+            f"Backbone {backbone} has no weights named '{weights}'. "
+            f"Choose backbone.weights={'|'.join([*known, 'none'])} or the path of a file."
+        )
+    return urls[backbone, weights]
+
+
+def named_file(url: str, backbone: str, weights: str, download: bool) -> Path:
+    """The local file of named weights, fetched if asked, its hash checked if its name carries one."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    hash_in_name = re.search(r"-([a-f0-9]{8,})\.", path.name)
+    prefix = hash_in_name.group(1) if hash_in_name else None
+    how = f"Get it from {url}\nand put it at {path}\n(or let the program fetch it: backbone.download=true)."
+    if not path.is_file():
+        if not download:
+            raise WeightsError(f"Weights '{weights}' of {backbone} are not on this machine.\n{how}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
+        except (URLError, OSError, RuntimeError) as error:
+            raise WeightsError(f"Could not fetch the weights '{weights}' of {backbone}: {error}.\n{how}") from error
+    elif prefix and not file_hash(path).startswith(prefix):
+        raise WeightsError(f"{path} is damaged: its sha256 does not begin with {prefix}. Delete it.\n{how}")
+    return path
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and, from a safetensors file of ours, what it was trained on. Never unpickles objects."""
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                trained_on = json.loads((file.metadata() or {}).get("trained_on", "{}"))
+            return safetensors.torch.load_file(path), trained_on
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or malicious file makes the readers raise
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{path} is not a readable file of weights: {reason}") from error
+    for key in ("model", "state_dict"):
+        state = state.get(key, state)
+    return state, {}
+
+
+def fill(trunk: nn.Module, state: dict[str, Tensor], backbone: str, source: str) -> None:
+    """Loads all weights but the classifier's, which may differ in its number of classes or be absent."""
+    own = trunk.state_dict()
+    classifier = ("fc.", "head.")
+    state = {k: v.to(own[k].dtype) if k in own else v for k, v in state.items() if not k.startswith(classifier)}
+    missing = [k for k in own if k not in state and not k.startswith(classifier) and "num_batches" not in k]
+    wrong = [k for k in state if k in own and state[k].shape != own[k].shape]
+    unknown = [k for k in state if k not in own]
+    if missing or wrong or unknown:
+        first = [*missing, *wrong, *unknown][0]
+        raise WeightsError(
+            f"{source} does not hold weights of {backbone}: {len(missing)} tensors missing, {len(wrong)} of "
+            f"another shape, {len(unknown)} unknown (for instance '{first}'). Is it of another backbone?"
+        )
+    trunk.load_state_dict(state, strict=False)
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """sha256 over the names, shapes and values of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""PMNet (paper 3.2): frozen backbone, affinity, HSFM, decoder in a row."""
+
+import torch
+from torch import Tensor, nn
+
+from pmnet.affinity import HEADS, Affinity
+from pmnet.backbone import Backbone, Features
+from pmnet.decoder import Decoder
+from pmnet.hsfm import HSFM, Norm, resize
+
+MATCHED = ("layer3", "layer4")  # the stages whose every block gives an affinity
+
+
+class PMNetHead(nn.Module):
+    """All that is learned: 675,362 parameters on a ResNet-50.
+
+    Args:
+        channels: feature channels of "layer1".."layer4".
+        blocks: number of blocks of "layer3" and "layer4".
+        norm: of the B3DConvs, "batch" (paper) or "group" (the authors' program).
+        linear_heads: a linear layer for query and for support tokens (the authors' DAM model).
+        b3dconvs: False is table 6's "w/o B3DConvs".
+        support_background: False is table 6's "w/o Background": support features are multiplied by
+            the resized support mask before the affinity.
+    """
+
+    def __init__(
+        self,
+        channels: dict[str, int],
+        blocks: dict[str, int],
+        norm: Norm = "batch",
+        linear_heads: bool = False,
+        b3dconvs: bool = True,
+        support_background: bool = True,
+    ) -> None:
+        super().__init__()
+        if any(channels[layer] % (2 * HEADS) for layer in MATCHED):
+            raise ValueError(f"layer3 and layer4 need a multiple of {2 * HEADS} channels: {channels}")
+        self.support_background = support_background
+        self.affinity = nn.ModuleDict({m: Affinity(channels[m], linear_heads) for m in MATCHED})
+        self.hsfm = nn.ModuleDict({m: HSFM(blocks[m], norm, b3dconvs) for m in MATCHED})
+        coarse = [module.out_channels for module in self.hsfm.values()]
+        self.decoder = Decoder(coarse[0], coarse[1], channels)
+
+    def forward(self, query_feats: Features, support_feats: Features, support_masks: Tensor) -> Tensor:
+        """
+        Args:
+            query_feats: "layer1".."layer4" -> lists of (B, C, h, w), one for layer1 and for layer2.
+            support_feats: "layer3", "layer4" -> lists of (B, K, C, h, w).
+            support_masks: (B, K, H, W), 0 or 1, any dtype.
+
+        Returns:
+            Logits (B, 2, H, W): background, foreground.
+        """
+        support_masks = support_masks.to(query_feats["layer1"][0].dtype)
+        coarse = {}
+        for layer in MATCHED:
+            supports = support_feats[layer]
+            if not self.support_background:
+                mask_BK1HW = resize(support_masks, supports[0].shape[-2:])[:, :, None]
+                supports = [feature * mask_BK1HW for feature in supports]
+            S = self.affinity[layer](query_feats[layer], supports)
+            coarse[layer] = self.hsfm[layer](S, support_masks)
+        return self.decoder(
+            coarse["layer3"], coarse["layer4"], query_feats["layer1"][-1], query_feats["layer2"][-1]
+        )
+
+
+class PMNet(nn.Module):
+    """The whole network. Works on any image size whose sides are multiples of 32, any batch, any shots.
+
+    Args:
+        backbone: frozen here: no gradients, always in eval mode.
+        head_options: see `PMNetHead`.
+
+    Example:
+        >>> from pmnet import PMNet, ResNetBackbone
+        >>> network = PMNet(ResNetBackbone("resnet18", weights="none")).eval()
+        >>> query, support = torch.rand(1, 3, 64, 64), torch.rand(1, 5, 3, 64, 64)
+        >>> network(query, support, torch.ones(1, 5, 64, 64)).shape
+        torch.Size([1, 2, 64, 64])
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        norm: Norm = "batch",
+        linear_heads: bool = False,
+        b3dconvs: bool = True,
+        support_background: bool = True,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.freeze()
+        self.head = PMNetHead(
+            backbone.channels, backbone.blocks, norm, linear_heads, b3dconvs, support_background
+        )
+
+    def forward(self, query: Tensor, support: Tensor, support_masks: Tensor) -> Tensor:
+        """
+        Args:
+            query: (B, 3, H, W): uint8 in 0..255, or float already normalised with ImageNet's mean and std.
+            support: (B, K, 3, H, W), likewise.
+            support_masks: (B, K, H, W), 0 or 1, any dtype.
+
+        Returns:
+            Logits (B, 2, H, W): background, foreground.
+
+        Raises:
+            ValueError: a side is no multiple of 32, or the shapes do not belong together.
+        """
+        B, K = support.shape[:2]
+        sides = (*query.shape[-2:], *support.shape[-2:])
+        if any(side % 32 for side in sides):
+            raise ValueError(f"image sides must be multiples of 32, not {sides}")
+        if query.shape[0] != B or support_masks.shape[:2] != (B, K):
+            raise ValueError(
+                "want query (B,3,H,W), support (B,K,3,H,W), masks (B,K,H,W), got "
+                f"{tuple(query.shape)}, {tuple(support.shape)}, {tuple(support_masks.shape)}"
+            )
+        with torch.no_grad():
+            query_feats = self.backbone(query)
+            support_feats = self.backbone(support.flatten(0, 1))
+        support_feats = {
+            layer: [feature.unflatten(0, (B, K)) for feature in support_feats[layer]] for layer in MATCHED
+        }
+        return self.head(query_feats, support_feats, support_masks)
