@@ -18,12 +18,11 @@ class SmallBackbone(Backbone):
     Args:
         weights: "quickstart" (shipped; see `conf/experiment/quickstart_backbone.yaml` for how it was
             made), a path, or "none".
-        download: has no effect: nothing is to be fetched.
     """
 
-    def __init__(self, weights: str, download: bool = False) -> None:
+    def __init__(self, weights: str) -> None:
         super().__init__()
-        self.trunk, self.provenance = load_weights(build_trunk, "small", weights, download)
+        self.trunk, self.provenance = load_weights(build_trunk, "small", weights, download=False)
         self.channels, self.blocks = residual_layout(self.trunk)
 
     def blocks_of(self, images: Tensor) -> Features:

@@ -1,0 +1,74 @@
+"""Checkpoints: two files a run, written whole or not at all, read without unpickling objects."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from pmnet.errors import CheckpointError
+from pmnet.module import FewShotModule
+
+
+def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
+    """Keeps `checkpoints/best.ckpt`, of the best validation mIoU, and `checkpoints/last.ckpt`."""
+    common: dict[str, Any] = {"dirpath": folder / "checkpoints", "enable_version_counter": False}
+    best = ModelCheckpoint(filename="best", monitor="val/miou", mode="max", **common)
+    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common)
+    return [best, last]
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes beside the old file and then takes its place, so that a full disk or a kill leaves the old one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        part = path.with_suffix(".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+            part.unlink(missing_ok=True)
+            kept = f"The checkpoint before it is kept: {path}." if path.exists() else "None was written before it."
+            raise CheckpointError(
+                f"Could not write the checkpoint {path}: {error}. Is the disk full? {kept} "
+                "Make room and start again in the same folder to go on from there."
+            ) from error
+
+
+def find_checkpoint(ckpt: str | None, folder: Path | None, which: str) -> Path | None:
+    """The checkpoint to read: the file `ckpt`, the one in the run folder `ckpt`, or the one in `folder`, if any.
+
+    Args:
+        which: "best" or "last", where a folder is given.
+
+    Raises:
+        CheckpointError: `ckpt` is given and not there.
+    """
+    if ckpt is None:
+        path = folder / "checkpoints" / f"{which}.ckpt" if folder else None
+        return path if path and path.is_file() else None
+    path = Path(ckpt).expanduser()
+    if path.is_dir():
+        path = path / "checkpoints" / f"{which}.ckpt"
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path.absolute()}: check ckpt.")
+    return path
+
+
+def check_checkpoint(path: Path, module: FewShotModule) -> None:
+    """Raises CheckpointError where a file is damaged, unsafe, or of another network or backbone."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or malicious file makes the reader raise
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: damaged, or it holds more than tensors and plain values "
+            f"({type(error).__name__}). It was not run."
+        ) from error
+    module.check_checkpoint(checkpoint if isinstance(checkpoint, dict) else {})

@@ -1,0 +1,35 @@
+"""Loggers of a run: metrics.csv always, W&B if chosen."""
+
+import itertools
+import logging
+from pathlib import Path
+
+import wandb
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+log = logging.getLogger(__name__)
+
+
+def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
+    """The CSV logger, and the chosen one beside it; W&B goes offline where there is no key."""
+    keep_earlier(folder / "metrics.csv")
+    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+    if not cfg.logger._target_.endswith("CSVLogger"):
+        options = OmegaConf.create(cfg.logger)
+        if "wandb" in cfg.logger._target_.lower() and not options.offline and wandb.api.api_key is None:
+            log.warning("No W&B key: the run is kept offline. Upload it later: wandb sync %s/wandb/offline-run-*", folder)
+            with open_dict(options):
+                options.offline = True
+        loggers.append(instantiate(options, config=OmegaConf.to_container(cfg, resolve=True)))
+    return loggers
+
+
+@rank_zero_only
+def keep_earlier(path: Path) -> None:
+    """Moves the metrics of an interrupted training in the same folder to metrics-1.csv, metrics-2.csv, ..."""
+    if path.exists():
+        number = next(n for n in itertools.count(1) if not path.with_stem(f"metrics-{n}").exists())
+        path.rename(path.with_stem(f"metrics-{number}"))

@@ -1,0 +1,158 @@
+"""What a run leaves: results.json with all that is needed to trust and repeat its numbers, tables to read."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from datamodules import FewShotDataModule
+from pmnet.module import TestResult
+from pmnet.network import PMNet
+
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy", "pillow")
+SELECTION = (
+    "best.ckpt is the epoch with the best mIoU on validation episodes, which are the head of the test list, on the "
+    "same novel classes (the field's convention)"
+)
+
+
+def make(
+    cfg: DictConfig,
+    data: FewShotDataModule,
+    network: PMNet,
+    trainer: L.Trainer,
+    result: TestResult,
+    untrained: TestResult | None,
+    ckpt: Path,
+    clock: dict[str, float],
+) -> dict[str, Any]:
+    """The record of a run, as plain values."""
+    names = [data.dataset.classes[c] for c in data.novel_class_ids]
+    choices = HydraConfig.get().runtime.choices
+    baselines = {"all_foreground": scores(result.all_foreground, names)}
+    if untrained:
+        baselines["untrained"] = scores(untrained.scores, names)
+    return {
+        "mode": cfg.mode,
+        "setting": {g: choices[g] for g in ("task", "dataset", "backbone", "model")}
+        | {"fold": cfg.fold.index, "shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed},
+        "test": scores(result.scores, names),
+        "baselines": baselines,
+        "episodes": data.provenance,
+        "backbone": network.backbone.provenance.as_dict(),
+        "parameters": {"learnable": learnable(network), "frozen": frozen(network)},
+        "checkpoint": {"path": str(ckpt), "selection": SELECTION},
+        "training": {"epochs": trainer.current_epoch, "steps": trainer.global_step},
+        "seconds": {
+            "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
+            "test": round(clock["end"] - clock["test"], 1),
+            "all": round(clock["end"] - clock["start"], 1),
+        },
+        "device": str(trainer.strategy.root_device),
+        "processes": trainer.world_size,
+    } | origin(cfg)
+
+
+def scores(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    per_class = {name: round(iou, 4) for name, iou in zip(names, raw["iou_per_class"], strict=True)}
+    return {"miou": round(raw["miou"], 4), "fb_iou": round(raw["fb_iou"], 4), "iou_per_class": per_class}
+
+
+def origin(cfg: DictConfig) -> dict[str, Any]:
+    """What code and which config made a result."""
+    return {
+        "command": sys.argv,
+        "versions": {"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
+        "commit": commit(),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+
+
+def commit() -> str | None:
+    """Git commit of this code, with "+changes" where files differ from it; None outside a checkout."""
+    def git(*words: str) -> str:
+        where = Path(__file__).parent.parent
+        return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def learnable(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def frozen(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if not p.requires_grad)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def write_episodes(path: Path, data: FewShotDataModule, result: TestResult) -> None:
+    """A row for each test episode: place, class, query, supports, IoU."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "class", "query", "supports", "iou"])
+        for index, iou in sorted(result.episode_iou.items()):
+            spec = data.test_specs[index]
+            name = data.dataset.classes[spec.class_id]
+            writer.writerow([index, name, spec.query, " ".join(spec.supports), f"{iou:.2f}"])
+
+
+def print_setting(cfg: DictConfig, data: FewShotDataModule, network: PMNet) -> None:
+    """What is about to run, with learnable and frozen parameters apart."""
+    made = network.backbone.provenance
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    base = [data.dataset.classes[c] for c in data.dataset.base_classes(data.fold)]
+    novel = [data.dataset.classes[c] for c in data.novel_class_ids]
+    table.add_row("dataset", f"{data.dataset.name}, fold {data.fold} ({data.dataset.splits})")
+    table.add_row("base classes", shorten(base))
+    table.add_row("novel classes", shorten(novel))
+    table.add_row("backbone", f"{made.backbone}, weights {made.weights} ({made.source})")
+    table.add_row("parameters", f"{learnable(network):,} learnable, {frozen(network):,} frozen")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    if cfg.mode == "train":
+        seen = set(made.trained_on.get("classes", ())) & set(novel)
+        if seen and made.trained_on.get("dataset") == data.dataset.name:
+            console.print(f"[bold yellow]The backbone was trained on novel classes of this fold:[/] {', '.join(seen)}")
+
+
+def shorten(names: list[str], most: int = 12) -> str:
+    return f"{len(names)}: " + ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def print_scores(record: dict[str, Any], folder: Path) -> None:
+    """The table at the end of a run."""
+    setting, test = record["setting"], record["test"]
+    columns = {"IoU": test} | {name.replace("_", " "): s for name, s in record["baselines"].items()}
+    episodes = record["episodes"]["test_episodes"]
+    table = Table(title=f"{setting['dataset']}, fold {setting['fold']}, {setting['shot']}-shot, {episodes} episodes")
+    table.add_column("novel class")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name in test["iou_per_class"]:
+        table.add_row(name, *(f"{c['iou_per_class'][name]:.1f}" for c in columns.values()))
+    table.add_section()
+    table.add_row("mIoU", *(f"[bold]{c['miou']:.1f}[/]" for c in columns.values()))
+    table.add_row("FB-IoU", *(f"{c['fb_iou']:.1f}" for c in columns.values()))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"Results   {folder / 'results.json'}\nPictures  {folder / 'predictions'}", highlight=False)

@@ -1,0 +1,178 @@
+"""One run: train, test, and write down what came out. `run.py` hands the composed config to `run_job`."""
+
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import RichProgressBar
+from omegaconf import DictConfig
+from rich.console import Console
+
+from datamodules import FewShotDataModule
+from datamodules.errors import DatasetError
+from datamodules.pixels import BasePixels, PixelDataModule
+from experiments import panels, results
+from experiments.callbacks import EpochLog, EpochSeed
+from experiments.checkpoints import AtomicCheckpoints, check_checkpoint, checkpoint_callbacks, find_checkpoint
+from experiments.errors import UserError, explain
+from experiments.loggers import make_loggers
+from pmnet.errors import PMNetError
+from pmnet.module import FewShotModule, TestResult
+from pmnet.network import PMNet
+from pmnet.pretrain import BackbonePretraining
+
+log = logging.getLogger(__name__)
+EXPECTED = (PMNetError, DatasetError, UserError, MisconfigurationException)
+
+
+def run_job(cfg: DictConfig) -> float | None:
+    """Runs one config; an error that the user can mend is one message and exit code 1.
+
+    Returns:
+        Test mIoU in percent; None where nothing was tested.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    quiet()
+    try:
+        return pretrain(cfg, folder) if cfg.mode == "pretrain" else train_and_test(cfg, folder)
+    except (*EXPECTED, InstantiationException) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        if not isinstance(cause, EXPECTED):
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {explain(cause)}", highlight=False)
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # the sweep goes on with its other jobs, and ends with an exit code that says so
+        sys.exit(1)
+
+
+def quiet() -> None:
+    """Leaves out what Lightning says about choices made here on purpose."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    by_design = ("does not have many workers", "LeafSpec", "log_every_n_steps", "in eval mode", "Experiment logs")
+    for message in (f".*{words}.*" for words in by_design):
+        warnings.filterwarnings("ignore", message)
+
+
+def train_and_test(cfg: DictConfig, folder: Path) -> float:
+    """Trains on the base classes, tests on the novel ones, leaves the results in `folder`."""
+    if cfg.mode not in ("train", "test"):
+        raise UserError(f"mode={cfg.mode} is not one of train, test, pretrain.")
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = make_data(cfg)
+    data.setup("test" if cfg.mode == "test" else "fit")
+    network: PMNet = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
+    module = FewShotModule(network, data.novel_class_ids, instantiate(cfg.optimizer), instantiate(cfg.scheduler))
+    trainer = make_trainer(cfg, folder, [EpochSeed(cfg.seed), EpochLog(), *checkpoint_callbacks(folder)])
+    if trainer.is_global_zero:
+        results.print_setting(cfg, data, network)
+
+    clock = {"start": time.time()}
+    untrained = None
+    if cfg.mode == "train":
+        start = find_checkpoint(cfg.ckpt, folder if cfg.resume else None, "last")
+        if start:
+            check_checkpoint(start, module)
+            log.info("Going on from %s", start)
+        if cfg.untrained:
+            untrained = test(trainer, module, data, None)
+        clock["fit"] = time.time()
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+        best = find_checkpoint(None, folder, "best")
+        if best is None:
+            raise UserError("The training ended before its first validation: there is no checkpoint to test.")
+    else:
+        best = find_checkpoint(cfg.ckpt, None, "best")
+        if best is None:
+            raise UserError("mode=test needs the checkpoint to test: ckpt=/path/to/best.ckpt, or its run's folder.")
+        check_checkpoint(best, module)
+    clock["test"] = time.time()
+    result = test(trainer, module, data, best)
+    clock["end"] = time.time()
+
+    if trainer.is_global_zero:
+        record = results.make(cfg, data, network, trainer, result, untrained, best, clock)
+        results.write_json(folder / "results.json", record)
+        results.write_episodes(folder / "episodes.csv", data, result)
+        panels.draw(folder / "predictions", data, module.to(trainer.strategy.root_device), result, cfg.panels)
+        results.print_scores(record, folder)
+    return float(result.scores["miou"])
+
+
+def make_data(cfg: DictConfig) -> FewShotDataModule:
+    e = cfg.episodes
+    if cfg.fold.index == "all":
+        log.warning("fold=all: every class is trained on, so the classes tested on are not novel.")
+    return FewShotDataModule(
+        dataset=instantiate(cfg.dataset),
+        fold=cfg.fold.index,
+        shot=cfg.shot.k,
+        train_shot=cfg.train_shot,
+        image_size=image_size(cfg),
+        batch_size=e.batch_size,
+        test_batch_size=e.test_batch_size,
+        episodes_per_epoch=e.per_epoch,
+        val_episodes=e.val,
+        test_episodes=e.test,
+        novel_pixels=e.novel_pixels,
+        workers=e.workers,
+        seed=cfg.seed,
+    )
+
+
+def image_size(cfg: DictConfig) -> tuple[int, int]:
+    size = cfg.episodes.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    return instantiate(
+        cfg.trainer,
+        default_root_dir=str(folder),
+        logger=make_loggers(cfg, folder),
+        callbacks=[RichProgressBar(leave=False), *callbacks],
+        plugins=[AtomicCheckpoints()],
+        use_distributed_sampler=False,  # the DataModule shares the episodes out itself
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+
+
+def test(trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule, ckpt: Path | None) -> TestResult:
+    trainer.test(module, data, ckpt_path=ckpt, verbose=False, weights_only=True)
+    return module.test_result
+
+
+def pretrain(cfg: DictConfig, folder: Path) -> None:
+    """Trains a backbone on the base classes' pixels; leaves `backbone.safetensors` in `folder`."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    dataset, p = instantiate(cfg.dataset), cfg.pretrain
+    pixels = BasePixels(dataset, cfg.fold.index, image_size(cfg), p.smallest_crop, cfg.seed)
+    module = BackbonePretraining(
+        instantiate(cfg.backbone), len(pixels.base) + 1, instantiate(cfg.optimizer), instantiate(p.scheduler)
+    )
+    trainer = make_trainer(cfg, folder, [EpochLog()])
+    trainer.fit(module, PixelDataModule(pixels, p.batch_size, p.images_per_epoch, cfg.episodes.workers))
+    if trainer.is_global_zero:
+        path = folder / "backbone.safetensors"
+        module.save_backbone(path, trained_on(cfg, pixels))
+        results.write_json(folder / "results.json", {"mode": "pretrain", "backbone": str(path), **results.origin(cfg)})
+        log.info("Backbone written. Use it by\n  backbone.weights=%s", path.absolute())
+
+
+def trained_on(cfg: DictConfig, pixels: BasePixels) -> dict[str, Any]:
+    names = pixels.dataset.classes
+    return {
+        "dataset": pixels.dataset.name,
+        "splits": pixels.dataset.splits,
+        "fold": cfg.fold.index,
+        "classes": [names[c] for c in pixels.base],
+    }
