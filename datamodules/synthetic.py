@@ -112,7 +112,7 @@ def draw(name: str, size: int, seed: int) -> tuple[Array, Array]:
     placed: list[tuple[float, float, float]] = []
     for which in random.permutation(wanted):
         for _ in range(50):
-            radius = size * random.uniform(0.11, 0.24)
+            radius = size * random.uniform(0.13, 0.25)
             x, y = random.uniform(0.6 * radius, size - 0.6 * radius, 2)
             if all(np.hypot(x - a, y - b) > 0.8 * (radius + r) for a, b, r in placed):
                 break

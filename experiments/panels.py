@@ -6,13 +6,14 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.ndimage import binary_erosion
 from torch import Tensor
 
 from datamodules import Episode, FewShotDataModule
 from pmnet.module import FewShotModule, TestResult
 
 matplotlib.use("Agg")
-COLOR = np.array([255, 70, 60])
+OUTLINE = (255, 255, 60)
 
 
 def draw(folder: Path, data: FewShotDataModule, module: FewShotModule, result: TestResult, each: int) -> None:
@@ -67,8 +68,11 @@ def figure(rows: list[tuple[str, Episode, Tensor]]) -> Figure:
 
 
 def over(image: Tensor, mask: Tensor | None) -> np.ndarray:
-    """(3, H, W) uint8 and (H, W) bool -> (H, W, 3) uint8 with the mask laid over in red."""
-    picture = image.permute(1, 2, 0).numpy().astype(float)
+    """(3, H, W) uint8 and (H, W) bool -> (H, W, 3) uint8: the mask outlined, all else darkened."""
+    picture = image.permute(1, 2, 0).numpy().copy()
     if mask is not None:
-        picture[mask.numpy()] = 0.45 * picture[mask.numpy()] + 0.55 * COLOR
-    return picture.astype(np.uint8)
+        inside = mask.numpy()
+        width = max(inside.shape[0] // 96, 1)
+        picture[~inside] = picture[~inside] // 3
+        picture[inside & ~binary_erosion(inside, iterations=width)] = OUTLINE
+    return picture
