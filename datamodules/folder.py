@@ -65,9 +65,8 @@ class FolderDataset(FewShotDataset):
         self.files = dict(self.find_indexed() if self.indexed else self.find_by_class())
         self.classes = self.read_class_names() if self.indexed else sorted({n.split("/")[0] for n in self.files})
         self.folds = cut_folds(self.classes, folds)
-        self.splits = (
-            f"images of {self.root.name}/ where the class covers at least {min_area:.2%} of the pixels; "
-            + (f"last {test_fraction:.0%} by name for testing" if test_fraction else "all for training and testing")
+        self.splits = f"images of {self.root.name}/ where the class covers at least {min_area:.2%} of the pixels; " + (
+            f"last {test_fraction:.0%} by name for testing" if test_fraction else "all for training and testing"
         )
         self.names: dict[Split, list[list[str]]] = self.scan(test_fraction)
 

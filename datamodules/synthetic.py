@@ -64,9 +64,7 @@ SHAPES: dict[str, Callable[[Array], Array]] = {
     "ellipse": lambda a: 0.55 / np.sqrt(1 - 0.69 * np.cos(a) ** 2),
 }
 
-CLASSES = tuple(
-    f"{texture} {shape}" for texture, shape in zip(TEXTURES, list(SHAPES) * 3, strict=False)
-)
+CLASSES = tuple(f"{texture} {shape}" for texture, shape in zip(TEXTURES, list(SHAPES) * 3, strict=False))
 TEST_NUMBERS = 1_000_000  # images are numbered from 0 for training and from here for testing
 
 

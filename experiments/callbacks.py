@@ -36,5 +36,8 @@ class EpochLog(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> Any:
         if trainer.training and trainer.current_epoch:
-            log.info("Stopped in epoch %d; the checkpoint after epoch %d is kept.",
-                     trainer.current_epoch + 1, trainer.current_epoch)
+            log.info(
+                "Stopped in epoch %d; the checkpoint after epoch %d is kept.",
+                trainer.current_epoch + 1,
+                trainer.current_epoch,
+            )

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 import wandb
 from hydra.utils import instantiate
@@ -20,10 +21,13 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     if not cfg.logger._target_.endswith("CSVLogger"):
         options = OmegaConf.create(cfg.logger)
         if "wandb" in cfg.logger._target_.lower() and not options.offline and wandb.api.api_key is None:
-            log.warning("No W&B key: the run is kept offline. Upload it later: wandb sync %s/wandb/offline-run-*", folder)
+            log.warning(
+                "No W&B key: the run is kept offline. Upload it later: wandb sync %s/wandb/offline-run-*", folder
+            )
             with open_dict(options):
                 options.offline = True
-        loggers.append(instantiate(options, config=OmegaConf.to_container(cfg, resolve=True)))
+        loggers.append(instantiate(options))
+        loggers[-1].log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
     return loggers
 
 

@@ -81,6 +81,7 @@ def origin(cfg: DictConfig) -> dict[str, Any]:
 
 def commit() -> str | None:
     """Git commit of this code, with "+changes" where files differ from it; None outside a checkout."""
+
     def git(*words: str) -> str:
         where = Path(__file__).parent.parent
         return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=True).stdout.strip()

@@ -43,7 +43,10 @@ def run_job(cfg: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     quiet()
     try:
-        return pretrain(cfg, folder) if cfg.mode == "pretrain" else train_and_test(cfg, folder)
+        if cfg.mode != "pretrain":
+            return train_and_test(cfg, folder)
+        pretrain(cfg, folder)
+        return None
     except (*EXPECTED, InstantiationException) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
         if not isinstance(cause, EXPECTED):

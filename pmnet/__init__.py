@@ -5,6 +5,7 @@ Importable and usable without Hydra, W&B or a dataset; see `PMNet` for a six-lin
 
 from pmnet.backbone import Backbone, ResNetBackbone
 from pmnet.network import PMNet, PMNetHead
+from pmnet.version import VERSION
 
 __all__ = ["Backbone", "PMNet", "PMNetHead", "ResNetBackbone"]
-__version__ = "0.1.0"
+__version__ = VERSION

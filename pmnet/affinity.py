@@ -31,16 +31,17 @@ class Affinity(nn.Module):
     """Inner products between every query pixel and every support pixel, per block and per head.
 
     No scaling, no normalisation, and the support background is kept (paper eq. 1). A position code is
-    added to the tokens first, followed by dropout 0.5 while training, as in the authors' program.
+    added to the tokens first, followed by dropout while training, as in the authors' program.
 
     Args:
         channels: feature channels of the stage, a multiple of 2 * HEADS.
         linear_heads: pass query and support tokens through a linear layer each (the DAM model).
+        dropout: after the position code, while training; 0.5 in the authors' program.
     """
 
-    def __init__(self, channels: int, linear_heads: bool = False) -> None:
+    def __init__(self, channels: int, linear_heads: bool = False, dropout: float = 0.5) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(dropout)
         self.query_linear = nn.Linear(channels, channels) if linear_heads else nn.Identity()
         self.support_linear = nn.Linear(channels, channels) if linear_heads else nn.Identity()
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pmnet.errors import CheckpointError
+from pmnet.hsfm import Norm
 from pmnet.network import PMNetHead
 
 STAGE = {"2": "layer3", "3": "layer4"}
@@ -37,7 +38,7 @@ def head_from_release(state_dict: dict[str, Tensor]) -> PMNetHead:
     linear_heads = "linears.2.0.weight" in release
     layer3 = release["linears.2.0.weight"].shape[0] if linear_heads else 4 * low // 3
     channels = {"layer1": low // 3, "layer2": 2 * low // 3, "layer3": layer3, "layer4": 2 * layer3}
-    norm = "batch" if "conv_4d_blocks.2.1.running_mean" in release else "group"
+    norm: Norm = "batch" if "conv_4d_blocks.2.1.running_mean" in release else "group"
     head = PMNetHead(channels, blocks, norm=norm, linear_heads=linear_heads)
 
     own = head.state_dict()

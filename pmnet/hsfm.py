@@ -24,12 +24,8 @@ class B3DConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, norm: Norm) -> None:
         super().__init__()
         pad = kernel // 2
-        self.query_conv = nn.Conv3d(
-            in_channels, out_channels, (kernel, kernel, 1), padding=(pad, pad, 0)
-        )
-        self.support_conv = nn.Conv3d(
-            in_channels, out_channels, (1, kernel, kernel), padding=(0, pad, pad)
-        )
+        self.query_conv = nn.Conv3d(in_channels, out_channels, (kernel, kernel, 1), padding=(pad, pad, 0))
+        self.support_conv = nn.Conv3d(in_channels, out_channels, (1, kernel, kernel), padding=(0, pad, pad))
         self.norm = nn.BatchNorm3d(out_channels) if norm == "batch" else nn.GroupNorm(4, out_channels)
 
     def forward(self, S: Tensor) -> Tensor:

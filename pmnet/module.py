@@ -72,7 +72,7 @@ class FewShotModule(L.LightningModule):
         losses = F.cross_entropy(logits.float(), batch.query_mask.long(), ignore_index=IGNORE, reduction="none")
         loss = losses.sum() / (batch.query_mask != IGNORE).sum().clamp(min=1)
         if not torch.isfinite(loss):
-            broken = ~torch.isfinite(losses.flatten(1).sum(1)).tolist()
+            broken = (~torch.isfinite(losses.flatten(1).sum(1))).tolist()
             self.refuse([spec for spec, bad in zip(batch.spec, broken, strict=True) if bad] or batch.spec)
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.spec))

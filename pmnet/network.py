@@ -22,6 +22,7 @@ class PMNetHead(nn.Module):
         b3dconvs: False is table 6's "w/o B3DConvs".
         support_background: False is table 6's "w/o Background": support features are multiplied by
             the resized support mask before the affinity.
+        dropout: of the features that are matched, while training.
     """
 
     def __init__(
@@ -32,15 +33,16 @@ class PMNetHead(nn.Module):
         linear_heads: bool = False,
         b3dconvs: bool = True,
         support_background: bool = True,
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         if any(channels[layer] % (2 * HEADS) for layer in MATCHED):
             raise ValueError(f"layer3 and layer4 need a multiple of {2 * HEADS} channels: {channels}")
         self.support_background = support_background
-        self.affinity = nn.ModuleDict({m: Affinity(channels[m], linear_heads) for m in MATCHED})
-        self.hsfm = nn.ModuleDict({m: HSFM(blocks[m], norm, b3dconvs) for m in MATCHED})
-        coarse = [module.out_channels for module in self.hsfm.values()]
-        self.decoder = Decoder(coarse[0], coarse[1], channels)
+        self.affinity = nn.ModuleDict({m: Affinity(channels[m], linear_heads, dropout) for m in MATCHED})
+        hsfm = {m: HSFM(blocks[m], norm, b3dconvs) for m in MATCHED}
+        self.hsfm = nn.ModuleDict(hsfm)
+        self.decoder = Decoder(hsfm["layer3"].out_channels, hsfm["layer4"].out_channels, channels)
 
     def forward(self, query_feats: Features, support_feats: Features, support_masks: Tensor) -> Tensor:
         """
@@ -57,13 +59,11 @@ class PMNetHead(nn.Module):
         for layer in MATCHED:
             supports = support_feats[layer]
             if not self.support_background:
-                mask_BK1HW = resize(support_masks, supports[0].shape[-2:])[:, :, None]
+                mask_BK1HW = resize(support_masks, (supports[0].shape[-2], supports[0].shape[-1]))[:, :, None]
                 supports = [feature * mask_BK1HW for feature in supports]
             S = self.affinity[layer](query_feats[layer], supports)
             coarse[layer] = self.hsfm[layer](S, support_masks)
-        return self.decoder(
-            coarse["layer3"], coarse["layer4"], query_feats["layer1"][-1], query_feats["layer2"][-1]
-        )
+        return self.decoder(coarse["layer3"], coarse["layer4"], query_feats["layer1"][-1], query_feats["layer2"][-1])
 
 
 class PMNet(nn.Module):
@@ -71,7 +71,7 @@ class PMNet(nn.Module):
 
     Args:
         backbone: frozen here: no gradients, always in eval mode.
-        head_options: see `PMNetHead`.
+        norm, linear_heads, b3dconvs, support_background, dropout: see `PMNetHead`.
 
     Example:
         >>> from pmnet import PMNet, ResNetBackbone
@@ -88,12 +88,11 @@ class PMNet(nn.Module):
         linear_heads: bool = False,
         b3dconvs: bool = True,
         support_background: bool = True,
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         self.backbone = backbone.freeze()
-        self.head = PMNetHead(
-            backbone.channels, backbone.blocks, norm, linear_heads, b3dconvs, support_background
-        )
+        self.head = PMNetHead(backbone.channels, backbone.blocks, norm, linear_heads, b3dconvs, support_background)
 
     def forward(self, query: Tensor, support: Tensor, support_masks: Tensor) -> Tensor:
         """
@@ -120,7 +119,5 @@ class PMNet(nn.Module):
         with torch.no_grad():
             query_feats = self.backbone(query)
             support_feats = self.backbone(support.flatten(0, 1))
-        support_feats = {
-            layer: [feature.unflatten(0, (B, K)) for feature in support_feats[layer]] for layer in MATCHED
-        }
+        support_feats = {layer: [feature.unflatten(0, (B, K)) for feature in support_feats[layer]] for layer in MATCHED}
         return self.head(query_feats, support_feats, support_masks)

@@ -1,7 +1,7 @@
 """What PMNet asks of a backbone."""
 
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ class Backbone(nn.Module, ABC):
     channels: dict[str, int]
     blocks: dict[str, int]
     provenance: Provenance
-    trunk: nn.Module
+    trunk: Any  # torchvision, timm and our own networks share no type
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()

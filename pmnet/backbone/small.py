@@ -1,7 +1,5 @@
 """A small residual network for small machines: 0.9 million parameters, under 2 MB in half precision."""
 
-from typing import cast
-
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -26,7 +24,7 @@ class SmallBackbone(Backbone):
         self.channels, self.blocks = residual_layout(self.trunk)
 
     def blocks_of(self, images: Tensor) -> Features:
-        return residual_features(self.trunk, cast(nn.Module, self.trunk.stem)(images))
+        return residual_features(self.trunk, self.trunk.stem(images))
 
 
 def build_trunk() -> nn.Module:
@@ -44,9 +42,7 @@ def build_trunk() -> nn.Module:
             stride = 2 if stage > 1 and block == 0 else 1
             shortcut = None
             if stride == 2:
-                shortcut = nn.Sequential(
-                    nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-                )
+                shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
             layer.append(BasicBlock(inputs, width, stride, shortcut))
             inputs = width
         trunk.add_module(f"layer{stage}", layer)

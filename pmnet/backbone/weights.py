@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.error import URLError
 
 import safetensors
@@ -102,7 +102,7 @@ def load_weights(
         source = named_url(backbone, weights)
         state, trained_on = read_state(named_file(source, backbone, weights, download))
     if backbone == "swin_b" and "patch_embed.proj.weight" in state:
-        state = cast(dict[str, Tensor], swin_from_original(state, trunk))
+        state = swin_from_original(state, trunk)
     fill(trunk, state, backbone, source)
     return trunk, Provenance(backbone, weights, source, state_hash(trunk.state_dict()), trained_on)
 
@@ -188,5 +188,5 @@ def state_hash(state: dict[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+# The environment, made anew when what it is made from changes.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e .[dev]
+	touch $@
+
+install: .venv/ready
+
+run: install  ## first contact: learn 15 drawn classes, test on 5 others
+	$(BIN)/python run.py experiment=quickstart
+
+test: install  ## everything, the slow parts too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+quick: install  ## the fast tests alone
+	$(BIN)/python -m pytest
+
+check: install  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: install run test quick check

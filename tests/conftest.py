@@ -1,0 +1,39 @@
+"""What the tests share: the reference data beside the checkout, and whole runs as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "dataset=synthetic backbone=small backbone.weights=none trainer=cpu optimizer=adamw episodes.image_size=64 "
+    "episodes.batch_size=4 episodes.per_epoch=8 episodes.val=6 episodes.test=11 episodes.workers=0 panels=1"
+).split()
+
+
+@pytest.fixture
+def shared() -> Path:
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("the reference data (../shared) is not here")
+    return path
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "run.py", *overrides]
+
+
+def run(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`python run.py <overrides>` from the project's root; wide, so that no message is broken."""
+    environment = os.environ | {"COLUMNS": "300", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run(
+        command(*overrides), cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600, check=False
+    )
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())

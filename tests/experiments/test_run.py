@@ -1,0 +1,245 @@
+"""Whole runs, started as a user starts them."""
+
+import csv
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ROOT, TINY, command, results, run
+from tests.data.folder import write_by_class, write_indexed
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished training of three epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run(*TINY, "trainer.max_epochs=3", "untrained=true", f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    (folder / "output.txt").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def test_run_leaves_what_is_needed_to_trust_and_repeat_it(trained: Path) -> None:
+    record = results(trained)
+    assert record["setting"] | {"fold": 0, "shot": 1, "seed": 0, "dataset": "synthetic"} == record["setting"]
+    assert set(record["baselines"]) == {"all_foreground", "untrained"}
+    assert len(record["test"]["iou_per_class"]) == 5
+    assert record["test"]["miou"] == pytest.approx(sum(record["test"]["iou_per_class"].values()) / 5, abs=1e-3)
+    assert record["parameters"]["frozen"] == 907_256
+    assert record["episodes"]["test_episodes"] == 11
+    assert record["backbone"]["weights"] == "none"
+    assert len(record["episodes"]["episode_list_sha256"]) == len(record["backbone"]["sha256"]) == 64
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record["config"]["optimizer"]["_target_"] == "torch.optim.AdamW"
+    assert record["training"] == {"epochs": 3, "steps": 6}
+    output = (trained / "output.txt").read_text()
+    assert "learnable, 907,256 frozen" in output
+    assert "all foreground" in output
+
+
+def test_run_leaves_checkpoints_curves_and_pictures(trained: Path) -> None:
+    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    state = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    assert all(key.startswith("network.head.") for key in state["state_dict"])
+    assert state["backbone"]["weights"] == "none"
+    rows = list(csv.DictReader((trained / "metrics.csv").open()))
+    assert sum(bool(row["val/miou"]) for row in rows) == 3
+    assert sum(bool(row["train/loss"]) for row in rows) == 3
+    pictures = sorted(p.name.split("-")[0] for p in (trained / "predictions").iterdir())
+    assert pictures == ["best", "overview.png", "random", "worst"]
+    assert Image.open(trained / "predictions" / "overview.png").width > 200
+    episodes = list(csv.DictReader((trained / "episodes.csv").open()))
+    assert [int(row["index"]) for row in episodes] == list(range(11))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [["episodes.workers=2"], ["episodes.test_batch_size=3"], ["trainer=ddp", "trainer.accelerator=cpu"]],
+    ids=["two workers", "another batch size", "two processes"],
+)
+def test_same_numbers_however_it_is_tested(trained: Path, tmp_path: Path, how: list[str]) -> None:
+    done = run(*TINY, *how, "mode=test", f"ckpt={trained}", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path)["test"] == results(trained)["test"]
+    assert results(tmp_path)["episodes"] == results(trained)["episodes"]
+    assert len(list(csv.DictReader((tmp_path / "episodes.csv").open()))) == 11
+
+
+def test_two_processes_train_on_the_episodes_of_one(tmp_path: Path) -> None:
+    """Group norm: batch statistics are those of each process's share."""
+    setting = [*TINY, "model=pmnet_release", "optimizer=sgd", "trainer.max_epochs=1", "model.dropout=0.0"]
+    one = run(*setting, f"hydra.run.dir={tmp_path}/1")
+    two = run(*setting, "trainer=ddp", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}/2")
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    heads = [torch.load(tmp_path / n / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in "12"]
+    for name, weight in heads[0].items():
+        torch.testing.assert_close(weight, heads[1][name], atol=1e-5, rtol=1e-4)
+    assert results(tmp_path / "2")["processes"] == 2
+
+
+def test_killed_training_resumes_to_the_same_result(trained: Path, tmp_path: Path) -> None:
+    whole = [*TINY, "trainer.max_epochs=3", f"hydra.run.dir={tmp_path}"]
+    process = subprocess.Popen(command(*whole), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    deadline = time.time() + 120
+    while not last.exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert last.exists()
+    assert not (tmp_path / "results.json").exists()
+    done = run(*whole)
+    assert done.returncode == 0, done.stderr
+    assert f"Going on from {last}" in done.stdout + done.stderr
+    assert results(tmp_path)["test"] == results(trained)["test"]
+    assert (tmp_path / "metrics-1.csv").exists() or "Epoch 1/3" not in done.stdout
+
+
+def test_going_on_from_another_folder(trained: Path, tmp_path: Path) -> None:
+    done = run(*TINY, "trainer.max_epochs=4", f"ckpt={trained}", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "Epoch 4/4" in done.stdout + done.stderr
+    assert "Epoch 3/4" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("layout", [write_indexed, write_by_class])
+def test_folder_of_images_trains_and_tests(tmp_path: Path, layout) -> None:
+    layout(tmp_path / "data")
+    setting = [*TINY, "dataset=folder", f"dataset.root={tmp_path}/data", "dataset.folds=2", "shot.k=2"]
+    done = run(*setting, "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "run")["setting"]["shot"] == 2
+
+
+def test_backbone_is_pretrained_and_used(tmp_path: Path) -> None:
+    write_indexed(tmp_path / "data")
+    data = ["dataset=folder", f"dataset.root={tmp_path}/data", "dataset.folds=2", "episodes.image_size=64"]
+    made = run(
+        "experiment=pretrain_backbone", *data, "trainer=cpu", "trainer.max_epochs=1", "episodes.workers=0",
+        "pretrain.batch_size=2", "pretrain.images_per_epoch=4", f"hydra.run.dir={tmp_path}/pre",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    file = tmp_path / "pre" / "backbone.safetensors"
+    used = [*TINY, *data, f"backbone.weights={file}", "trainer.max_epochs=1"]
+    done = run(*used, f"hydra.run.dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert "trained on novel classes" not in done.stdout
+    record = results(tmp_path / "run")
+    assert record["backbone"]["trained_on"]["classes"] == record["episodes"]["base_classes"]
+    other = run(*used, "fold=1", f"hydra.run.dir={tmp_path}/run1")
+    assert "trained on novel classes" in other.stdout
+
+
+def test_sweep_runs_every_job(tmp_path: Path) -> None:
+    sweep = [*TINY, "trainer.max_epochs=1", "fold=0,1", "shot=1,5", "-m", f"hydra.sweep.dir={tmp_path}"]
+    done = run(*sweep)
+    assert done.returncode == 0, done.stderr
+    settings = [results(path.parent)["setting"] for path in tmp_path.glob("*/results.json")]
+    assert {(s["fold"], s["shot"]) for s in settings} == {(0, 1), (0, 5), (1, 1), (1, 5)}
+
+
+def test_wandb_offline_without_a_key(tmp_path: Path) -> None:
+    environment = {"WANDB_MODE": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    done = run(*TINY, "logger=wandb", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}/run", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "wandb sync" in done.stdout + done.stderr
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One message, no traceback, exit code not 0."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("Error:") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+class Malice:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(trained: Path, tmp_path: Path) -> None:
+    test = [*TINY, "mode=test", f"hydra.run.dir={tmp_path}"]
+    refused(run(*test), "mode=test needs", "ckpt=")
+    refused(run(*test, f"ckpt={tmp_path}/none.ckpt"), "none.ckpt", "check ckpt")
+    refused(run(*test, f"ckpt={trained}", "backbone=resnet18", "backbone.weights=none"), "backbone=small")
+    refused(run(*test, f"ckpt={trained}", "model.b3dconvs=false"), "another network", "b3dconvs")
+
+
+def test_malicious_checkpoint_is_not_run(tmp_path: Path) -> None:
+    with (tmp_path / "bad.ckpt").open("wb") as file:
+        pickle.dump({"state_dict": Malice(tmp_path / "harm")}, file)
+    torch.save({"state_dict": Malice(tmp_path / "harm")}, tmp_path / "worse.ckpt")
+    for name in ("bad.ckpt", "worse.ckpt"):
+        refused(run(*TINY, "mode=test", f"ckpt={tmp_path}/{name}", f"hydra.run.dir={tmp_path}/run"), name)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_broken_image_in_a_worker_is_one_message(tmp_path: Path) -> None:
+    """Damaged after the folder was read: the worker that meets it ends the run, the checkpoint stays."""
+    write_indexed(tmp_path / "data")
+    script = (
+        "import sys, datamodules.base as b; real = b.load_image\n"
+        "def load(path):\n"
+        "    import multiprocessing as m\n"
+        "    if m.parent_process() is not None: path = path.with_name('gone.jpg')\n"
+        "    return real(path)\n"
+        "import datamodules.folder as f; f.load_image = load\n"
+        "import run; run.main()\n"
+    )
+    setting = [*TINY, "dataset=folder", f"dataset.root={tmp_path}/data", "dataset.folds=2", "episodes.workers=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *setting, "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}/run"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"}, timeout=300, check=False,
+    )  # fmt: skip
+    refused(done, "gone.jpg")
+
+
+def test_diverging_training_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """The rate is sane in the first epoch and absurd in the second."""
+    explode = "scheduler={_target_: torch.optim.lr_scheduler.ExponentialLR, _partial_: true, gamma: 1e30}"
+    done = run(*TINY, explode, "trainer.max_epochs=4", f"hydra.run.dir={tmp_path}")
+    refused(done, "epoch", "optimizer.lr")
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["epoch"] == 0
+    assert all(torch.isfinite(v).all() for v in kept["state_dict"].values())
+
+
+def test_full_disk_keeps_the_checkpoint_before(trained: Path, tmp_path: Path) -> None:
+    """The kernel refuses every file to grow past 100 kB, as a full disk does."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    good = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    (folder / "last.ckpt").write_bytes(good)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(
+        command(*TINY, "trainer.max_epochs=5", f"hydra.run.dir={tmp_path}"),
+        cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300, check=False,
+        env=os.environ | {"COLUMNS": "300"},
+    )  # fmt: skip
+    refused(done, "Could not write the checkpoint", "kept")
+    assert (folder / "last.ckpt").read_bytes() == good
+    assert not list(folder.glob("*.part"))
+
+
+def test_devices_that_are_not_there(tmp_path: Path) -> None:
+    refused(run(*TINY, "trainer.accelerator=cuda", f"hydra.run.dir={tmp_path}"), "cuda")
