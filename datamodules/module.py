@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from datamodules.base import Episodes, FewShotDataset, Fold
 from datamodules.episode import Episode, EpisodeSpec
 from datamodules.errors import DatasetError
-from datamodules.sampler import EpochSampler, TrainingEpisodes, draw_test_episodes, list_hash
+from datamodules.sampler import EpochSampler, TrainingEpisodes, draw_test_episodes, json_hash, list_hash
 
 
 class FewShotDataModule(L.LightningDataModule):
@@ -76,11 +76,17 @@ class FewShotDataModule(L.LightningDataModule):
     def provenance(self) -> dict[str, object]:
         """What a reader needs to know which episodes a number is about."""
         names = self.dataset.classes
+        base = self.dataset.base_classes(self.fold)
+        lists = {
+            "train": {names[c]: list(self.dataset.images_of(c, "train")) for c in base},
+            "test": {names[c]: list(self.dataset.images_of(c, "test")) for c in self.novel_class_ids},
+        }
         return {
             "dataset": self.dataset.name,
             "splits": self.dataset.splits,
+            "splits_sha256": json_hash(lists),
             "novel_classes": [names[c] for c in self.novel_class_ids],
-            "base_classes": [names[c] for c in self.dataset.base_classes(self.fold)],
+            "base_classes": [names[c] for c in base],
             "test_episodes": len(self.test_specs),
             "episode_list_sha256": list_hash(self.test_specs),
         }

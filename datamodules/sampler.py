@@ -110,5 +110,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 def list_hash(episodes: list[EpisodeSpec]) -> str:
     """sha256 of an episode list as JSON rows [query, [supports], class]."""
-    rows = json.dumps([e.row() for e in episodes], separators=(",", ":"))
-    return hashlib.sha256(rows.encode()).hexdigest()
+    return json_hash([e.row() for e in episodes])
+
+
+def json_hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()

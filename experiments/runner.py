@@ -162,8 +162,11 @@ def pretrain(cfg: DictConfig, folder: Path) -> None:
     module = BackbonePretraining(
         instantiate(cfg.backbone), len(pixels.base) + 1, instantiate(cfg.optimizer), instantiate(p.scheduler)
     )
-    trainer = make_trainer(cfg, folder, [EpochLog()])
-    trainer.fit(module, PixelDataModule(pixels, p.batch_size, p.images_per_epoch, cfg.episodes.workers))
+    _, keep_last = checkpoint_callbacks(folder)
+    trainer = make_trainer(cfg, folder, [EpochLog(), keep_last])
+    data = PixelDataModule(pixels, p.batch_size, p.images_per_epoch, cfg.episodes.workers)
+    start = find_checkpoint(cfg.ckpt, folder if cfg.resume else None, "last")
+    trainer.fit(module, data, ckpt_path=start, weights_only=True)
     if trainer.is_global_zero:
         path = folder / "backbone.safetensors"
         module.save_backbone(path, trained_on(cfg, pixels))

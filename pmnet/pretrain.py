@@ -68,4 +68,4 @@ class BackbonePretraining(L.LightningModule):
         """Writes the backbone alone, in half precision, with what it was trained on."""
         state = {k: v.half().contiguous().cpu() for k, v in self.backbone.trunk.state_dict().items()}
         state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-        safetensors.torch.save_file(state, path, {"trained_on": json.dumps(trained_on)})
+        path.write_bytes(safetensors.torch.save(state, {"trained_on": json.dumps(trained_on)}))
