@@ -66,8 +66,8 @@ def test_folders_that_begin_with_a_dot_are_no_classes(tmp_path):
 
 def test_read_mask_keeps_255_as_ignore(tmp_path):
     data = read(write_indexed(tmp_path, classes=3))
-    index = np.array(data.read_index("001"))
-    mask = np.array(data.read_mask("001", 1))
+    index = data.read_index("001").numpy()
+    mask = data.read_mask("001", 1).numpy()
     assert set(np.unique(mask)) == {0, 1, 255}
     assert np.array_equal(mask == 255, index == 255)
     assert np.array_equal(mask == 1, index == 2)
@@ -160,7 +160,7 @@ def test_image_formats(tmp_path, suffix):
 def test_folds_by_number_are_consecutive_parts_of_nearly_one_size(tmp_path, classes, folds):
     data = read(write_indexed(tmp_path, classes=classes, images_per_class=1, size=(32, 32)), folds=folds)
     assert [list(f) for f in data.folds] == [p.tolist() for p in np.array_split(np.arange(classes), folds)]
-    assert sum(data.folds, []) == list(range(classes))
+    assert [c for fold in data.folds for c in fold] == list(range(classes))
     assert max(map(len, data.folds)) - min(map(len, data.folds)) <= 1
     for fold in range(folds):
         assert sorted(data.base_classes(fold) + data.novel_classes(fold)) == list(range(classes))

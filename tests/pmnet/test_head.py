@@ -1,7 +1,6 @@
 """The head against a golden file of the authors' program and against a second, literal implementation."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from pmnet.errors import CheckpointError
 from tests import plain
 from tests.plain import plain_head
 
-GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden" / "pmnet_resnet50_1shot.npz"
 RESNET = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}
 SMALL = {"layer1": 8, "layer2": 16, "layer3": 32, "layer4": 64}
 BLOCKS = {"layer3": 3, "layer4": 2}
@@ -27,7 +25,6 @@ VARIANTS = {
     "no_background": {"support_background": False},
     "dam": {"norm": "group", "linear_heads": True},
 }
-needs_golden = pytest.mark.skipif(not GOLDEN.is_file(), reason="the reference data in ../shared is not on this machine")
 every_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 
 
@@ -42,9 +39,7 @@ def random_head(seed=0, channels=SMALL, blocks=BLOCKS, **options):
     torch.manual_seed(seed)
     head = PMNetHead(channels, blocks, **options).eval()
     for name, tensor in head.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
-        elif name.endswith(("norm.weight", ".1.weight")) and tensor.ndim == 1:
+        if name.endswith("running_var") or (name.endswith(("norm.weight", ".1.weight")) and tensor.ndim == 1):
             tensor.uniform_(0.5, 1.5)
         elif name.endswith(("bias", "running_mean")):
             tensor.normal_(std=0.2)
@@ -86,12 +81,11 @@ def golden_weights(golden):
     return {k.removeprefix("weights/"): torch.from_numpy(v) for k, v in golden.items() if k.startswith("weights/")}
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return dict(np.load(GOLDEN))
+@pytest.fixture
+def golden(shared):
+    return dict(np.load(shared / "golden" / "pmnet_resnet50_1shot.npz"))
 
 
-@needs_golden
 @pytest.mark.parametrize("prefix", ["", "model.", "module.model."])
 def test_logits_of_the_authors_program_are_reproduced(golden, prefix):
     others = {
@@ -109,7 +103,6 @@ def test_logits_of_the_authors_program_are_reproduced(golden, prefix):
     np.testing.assert_allclose(logits.numpy(), golden["logits"], rtol=0, atol=1e-6)
 
 
-@needs_golden
 def test_plain_implementation_agrees_with_the_authors_program(golden):
     head = head_from_release(golden_weights(golden))
     with torch.no_grad():
@@ -151,7 +144,6 @@ RELEASED = {
 }
 
 
-@needs_golden
 def test_names_of_the_release_are_those_of_the_golden_file(golden):
     head = PMNetHead(RESNET, {"layer3": 6, "layer4": 3}, norm="group")
     shapes = {name: tensor.shape for name, tensor in golden_weights(golden).items()}
@@ -206,7 +198,7 @@ def test_unknown_tensor_of_a_release_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    "name, shape",
     [
         ("conv_layer.3.conv1.0.weight", (16, 15, 3, 3)),
         ("mixer3.2.bias", (3,)),
@@ -231,7 +223,7 @@ def test_state_dict_of_something_else_is_refused(state):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "options", "count"),
+    "blocks, options, count",
     [
         ({"layer3": 6, "layer4": 3}, {}, 675_362),
         ({"layer3": 6, "layer4": 3}, {"norm": "group"}, 675_362),
@@ -252,7 +244,7 @@ def test_channels_that_cannot_be_split_into_heads_are_refused():
 # Agreement with the plain implementation
 
 
-@pytest.mark.parametrize(("tokens", "channels"), [(576, 16), (144, 2048), (7, 1024)])
+@pytest.mark.parametrize("tokens, channels", [(576, 16), (144, 2048), (7, 1024)])
 def test_position_code_follows_the_formula(tokens, channels):
     code = pmnet.affinity.position_code(tokens, channels, torch.zeros(1))
     torch.testing.assert_close(code.double(), plain.position_code(tokens, channels), rtol=0, atol=2e-4)
@@ -375,14 +367,14 @@ def network():
 
 
 @pytest.mark.parametrize(
-    ("query_size", "support_size"), [((100, 64), (64, 64)), ((64, 48), (64, 64)), ((64, 64), (64, 65))]
+    "query_size, support_size", [((100, 64), (64, 64)), ((64, 48), (64, 64)), ((64, 64), (64, 65))]
 )
 def test_side_that_is_no_multiple_of_32_is_refused(network, query_size, support_size):
     with pytest.raises(ValueError, match="multiples of 32"):
         network(torch.rand(1, 3, *query_size), torch.rand(1, 1, 3, *support_size), torch.ones(1, 1, *support_size))
 
 
-@pytest.mark.parametrize(("queries", "masks"), [(2, (1, 2)), (1, (1, 1)), (1, (2, 2))])
+@pytest.mark.parametrize("queries, masks", [(2, (1, 2)), (1, (1, 1)), (1, (2, 2))])
 def test_shapes_that_do_not_belong_together_are_refused(network, queries, masks):
     with pytest.raises(ValueError, match="want query"):
         network(torch.rand(queries, 3, 32, 32), torch.rand(1, 2, 3, 32, 32), torch.ones(*masks, 32, 32))

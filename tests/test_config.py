@@ -1,0 +1,141 @@
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import OmegaConf
+
+from tests.conftest import run
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml") if p.parent.name != "local")
+
+
+@pytest.fixture(autouse=True)
+def conf():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def contains(whole, part) -> bool:
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(k in whole and contains(whole[k], v) for k, v in part.items())
+    return whole == part
+
+
+# Choices
+
+
+def test_defaults():
+    cfg = compose("config")
+    assert (cfg.shot.k, cfg.fold.index, cfg.mode) == (1, 0, "train")
+
+
+@pytest.mark.parametrize(
+    "overrides, shot, fold",
+    [
+        (["fold=2"], 1, 2),
+        (["fold=0", "shot=5"], 5, 0),
+        (["shot='5'"], 5, 0),
+        (["shot.k=7"], 7, 0),
+        (["shot=5", "shot.k=7"], 7, 0),
+        (["fold=all"], 1, "all"),
+        (["fold.index=9", "shot=1"], 1, 9),
+        (["experiment=quickstart", "fold=3", "shot=5"], 5, 3),
+    ],
+)
+def test_integers_choose_from_groups(overrides, shot, fold):
+    cfg = compose("config", overrides)
+    assert (cfg.shot.k, cfg.fold.index) == (shot, fold)
+
+
+def test_integers_stay_integers_where_they_are_values():
+    cfg = compose("config", ["seed=3", "trainer.devices=2", "episodes.test=10"])
+    assert (cfg.seed, cfg.trainer.devices, cfg.episodes.test) == (3, 2, 10)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_composes_and_has_the_last_word(path):
+    cfg = OmegaConf.to_container(compose("config", [f"{path.parent}={path.name}"]))
+    own = OmegaConf.to_container(OmegaConf.load(CONF / path.with_suffix(".yaml")))
+    own.pop("defaults", None)
+    whole = "@package _global_" in (CONF / path.with_suffix(".yaml")).read_text()
+    assert contains(cfg if whole else cfg[str(path.parent)], own)
+
+
+def test_every_group_is_found():
+    groups = {str(p.parent) for p in FILES}
+    assert {"task", "dataset", "backbone", "model", "shot", "fold", "optimizer", "trainer", "logger"} <= groups
+
+
+@pytest.mark.parametrize("experiment", [p.name for p in FILES if p.parent.name == "experiment"])
+def test_experiments_leave_the_command_line_the_last_word(experiment):
+    overrides = [f"experiment={experiment}", "optimizer=sgd", "optimizer.lr=0.5", "trainer.max_epochs=2", "seed=9"]
+    cfg = compose("config", overrides)
+    assert (cfg.optimizer._target_, cfg.optimizer.lr, cfg.trainer.max_epochs) == ("torch.optim.SGD", 0.5, 2)
+    assert cfg.seed == 9
+
+
+def test_drawn_images_follow_the_image_size():
+    assert compose("config", ["dataset=synthetic"]).dataset.size == 128
+    assert compose("config", ["dataset=synthetic", "episodes.image_size=64"]).dataset.size == 64
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("group", sorted({p.parent.name for p in FILES}))
+def test_wrong_choice_lists_the_right_ones(group):
+    with pytest.raises(MissingConfigException) as caught:
+        compose("config", [f"{group}=nonsense"])
+    message = str(caught.value)
+    assert f"{group}/nonsense" in message
+    for path in FILES:
+        if path.parent.name == group:
+            assert f"\t{path.name}" in message
+
+
+@pytest.mark.parametrize("choice", ["fold=17", "shot=3"])
+def test_integer_that_is_no_choice_lists_the_right_ones(choice):
+    with pytest.raises(MissingConfigException, match=r"Available options in '(fold|shot)':\n\t"):
+        compose("config", [choice])
+
+
+@pytest.mark.parametrize("option", ["sede=1", "trainer.max_epoch=3", "shot.n=5"])
+def test_misspelt_option_keeps_hydras_message(option):
+    name = option.split("=")[0]
+    with pytest.raises(ConfigCompositionException) as caught:
+        compose("config", [option])
+    assert f"Could not override '{name}'" in str(caught.value)
+    assert f"+{option}" in str(caught.value)
+
+
+# As a user starts it
+
+
+def test_first_start_without_data_says_what_to_do(tmp_path):
+    done = run("dataset=folder", "dataset.root=null", f"hydra.run.dir={tmp_path}")  # whatever conf/local says
+    assert done.returncode == 1
+    assert "dataset.root=" in done.stderr
+    assert "experiment=quickstart" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_integers_sweep_over_groups(tmp_path):
+    sweep = ["fold=0,1", "shot=1,5", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path}", "-m"]
+    done = run("dataset=folder", "dataset.root=null", *sweep)
+    assert done.returncode == 1, done.stderr
+    settings = []
+    for job in sorted(tmp_path.glob("*/.hydra/config.yaml")):
+        cfg = OmegaConf.load(job)
+        settings.append((cfg.fold.index, cfg.shot.k))
+    assert settings == [(0, 1), (0, 5), (1, 1), (1, 5)]
+    assert done.stderr.count("No data chosen") >= 4
+
+
+def test_help_lists_the_choices():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "experiment: " in done.stdout
+    assert "quickstart" in done.stdout
