@@ -12,6 +12,7 @@ A folder a class (as FSS-1000):
     root/CLASS/NAME.png       black and white: the class is where the value is 128 or more (0/1 works too)
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,7 @@ class FolderDataset(FewShotDataset):
         self.names: dict[Split, list[list[str]]] = self.scan(test_fraction)
 
     def find_indexed(self) -> Iterator[tuple[str, tuple[Path, Path]]]:
-        images, masks = (by_stem(self.root / part) for part in ("images", "masks"))
+        images, masks = (by_stem(self.root / part, IMAGE_SUFFIXES) for part in ("images", "masks"))
         if not images:
             raise DatasetError(f"{self.root / 'images'} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         for lonely, other, have in ((images, "masks", masks), (masks, "images", images)):
@@ -88,9 +89,7 @@ class FolderDataset(FewShotDataset):
     def find_by_class(self) -> Iterator[tuple[str, tuple[Path, Path]]]:
         found = False
         for folder in sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            images = {p.stem: p for p in files if p.suffix.lower() != ".png"}
-            masks = {p.stem: p for p in files if p.suffix.lower() == ".png"}
+            images, masks = by_stem(folder, IMAGE_SUFFIXES - {".png"}), by_stem(folder, {".png"})
             if images.keys() != masks.keys():
                 stem = sorted(images.keys() ^ masks.keys())[0]
                 have, lack = (images[stem], "mask .png") if stem in images else (masks[stem], "image .jpg")
@@ -108,9 +107,12 @@ class FolderDataset(FewShotDataset):
         path = self.root / "classes.txt"
         if not path.is_file():
             raise DatasetError(f"There is no {path}: write one class name a line; line k names the masks' value k.")
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        if not 0 < len(names) < IGNORE or len(set(names)) < len(names):
-            raise DatasetError(f"{path} must name 1 to {IGNORE - 1} classes, a line each, none twice.")
+        names = [line.strip() for line in path.read_text().rstrip().splitlines()]
+        if not 0 < len(names) < IGNORE or len(set(names)) < len(names) or "" in names:
+            raise DatasetError(
+                f"{path} must name 1 to {IGNORE - 1} classes, a line each, none twice, no line empty "
+                "(line k is the value k in the masks)."
+            )
         return names
 
     def scan(self, test_fraction: float) -> dict[Split, list[list[str]]]:
@@ -134,7 +136,7 @@ class FolderDataset(FewShotDataset):
         for name in self.files:
             groups.setdefault("" if self.indexed else name.split("/")[0], []).append(name)
         for group in groups.values():
-            yield from group[len(group) - round(fraction * len(group)) :]
+            yield from group[len(group) - math.ceil(fraction * len(group)) :]
 
     def classes_in(self, name: str) -> list[int]:
         """Class ids that cover enough of an image, whose files are checked on the way."""
@@ -185,8 +187,8 @@ class FolderDataset(FewShotDataset):
         )
 
 
-def by_stem(folder: Path) -> dict[str, Path]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+def by_stem(folder: Path, suffixes: set[str]) -> dict[str, Path]:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
     stems = {p.stem: p for p in files}
     if len(stems) < len(files):
         twice = next(p for p in files if stems[p.stem] != p)

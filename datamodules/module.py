@@ -49,7 +49,7 @@ class FewShotDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if any(side % 32 for side in image_size):
-            raise DatasetError(f"dataset.image_size must be multiples of 32, not {tuple(image_size)}.")
+            raise DatasetError(f"episodes.image_size must be multiples of 32, not {tuple(image_size)}.")
         self.dataset, self.fold, self.shot, self.train_shot = dataset, fold, shot, train_shot
         self.image_size = (image_size[0], image_size[1])
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
@@ -104,7 +104,7 @@ class FewShotDataModule(L.LightningDataModule):
         process, processes = self.place
         if self.batch_size % processes:
             raise DatasetError(
-                f"dataset.batch_size={self.batch_size} (over all processes) does not divide by {processes} processes."
+                f"episodes.batch_size={self.batch_size} (over all processes) does not divide by {processes} processes."
             )
         wanted = self.episodes_per_epoch or self.train_specs.pairs
         length = -(-wanted // self.batch_size) * self.batch_size

@@ -10,8 +10,8 @@ from pmnet.hsfm import Norm
 from pmnet.network import PMNetHead
 
 STAGE = {"2": "layer3", "3": "layer4"}
-CONV1 = {"conv1": "a", "conv23": "b_wide", "conv21": "b_point", "conv33": "c_wide", "conv31": "c_point"}
-CONV2 = {"conv11": "x1", "conv13": "x2", "conv21": "y1", "conv23": "y2.0", "conv33": "y2.1"}
+CONV1 = {"conv1": "a", "conv23": "b_wide", "conv21": "b_point", "conv33": "c_wide", "conv31": "c_point", "conv4": "out"}
+CONV2 = {"conv11": "x1", "conv13": "x2", "conv21": "y1", "conv23": "y2.0", "conv33": "y2.1", "conv4": "out"}
 ROOTS = r"(?:^|\.)((?:conv_4d_blocks|linears|conv_layer|conv4|conv5|mixer[123])\..*)"
 
 
@@ -39,12 +39,15 @@ def head_from_release(state_dict: dict[str, Tensor]) -> PMNetHead:
     layer3 = release["linears.2.0.weight"].shape[0] if linear_heads else 4 * low // 3
     channels = {"layer1": low // 3, "layer2": 2 * low // 3, "layer3": layer3, "layer4": 2 * layer3}
     norm: Norm = "batch" if "conv_4d_blocks.2.1.running_mean" in release else "group"
-    head = PMNetHead(channels, blocks, norm=norm, linear_heads=linear_heads)
+    try:
+        head = PMNetHead(channels, blocks, norm=norm, linear_heads=linear_heads)
+    except ValueError as error:
+        raise CheckpointError(f"mixer1.0.weight has a shape that no backbone gives: {error}.") from error
 
     own = head.state_dict()
     renamed = {rename(key): value for key, value in release.items()}
     for key, value in renamed.items():
-        if key.endswith("query_conv.weight"):  # release: (o, i, 1, k, k) over permuted axes
+        if key.endswith("query_conv.weight") and value.ndim == 5:  # release: (o, i, 1, k, k) over permuted axes
             renamed[key] = value.movedim(2, 4)
     missing, unknown = sorted(own.keys() - renamed.keys()), sorted(renamed.keys() - own.keys())
     wrong = [k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape]
@@ -64,14 +67,14 @@ def rename(key: str) -> str:
         stage, step, *rest = path
         part = "norm." if step in "14" else ""
         rest = [{"conv1": "query_conv", "conv2": "support_conv"}.get(name, name) for name in rest]
-        return f"hsfm.{STAGE[stage]}.b3dconvs.{int(step) // 3}.{part}{'.'.join(rest)}"
+        return f"hsfm.{STAGE.get(stage, stage)}.b3dconvs.{int(step) // 3}.{part}{'.'.join(rest)}"
     if root == "linears":  # <stage>.<0 query, 1 support>...
         stage, side, *rest = path
-        return f"affinity.{STAGE[stage]}.{('query', 'support')[int(side)]}_linear.{'.'.join(rest)}"
+        return f"affinity.{STAGE.get(stage, stage)}.{('query', 'support')[int(side)]}_linear.{'.'.join(rest)}"
     if root == "conv_layer":
         stage, conv, *rest = path
-        return f"decoder.conv1_{int(stage) + 1}.{CONV1.get(conv, 'out')}.{'.'.join(rest)}"
+        return f"decoder.conv1_{int(stage) + 1}.{CONV1.get(conv, conv)}.{'.'.join(rest)}"
     if root in ("conv4", "conv5"):
         conv, *rest = path
-        return f"decoder.conv2_{'a' if root == 'conv4' else 'b'}.{CONV2.get(conv, 'out')}.{'.'.join(rest)}"
+        return f"decoder.conv2_{'a' if root == 'conv4' else 'b'}.{CONV2.get(conv, conv)}.{'.'.join(rest)}"
     return f"decoder.{key}"

@@ -152,7 +152,8 @@ class FewShotModule(L.LightningModule):
         """Raises CheckpointError where a checkpoint is of another backbone or another network."""
         have = self.network.backbone.provenance
         need = checkpoint.get("backbone")
-        if not isinstance(need, dict) or "state_dict" not in checkpoint:
+        wanted = {"backbone", "weights", "source", "sha256"}
+        if not isinstance(need, dict) or not wanted <= need.keys() or "state_dict" not in checkpoint:
             raise CheckpointError(
                 "This file is no checkpoint of this program (it does not say which backbone it needs). Checkpoints of "
                 "the authors' program are read by pmnet.convert.head_from_release."

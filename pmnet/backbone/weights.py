@@ -151,18 +151,22 @@ def file_hash(path: Path) -> str:
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and, from a safetensors file of ours, what it was trained on. Never unpickles objects."""
+    trained_on: dict[str, Any] = {}
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 trained_on = json.loads((file.metadata() or {}).get("trained_on", "{}"))
-            return safetensors.torch.load_file(path), trained_on
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or malicious file makes the readers raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path} is not a readable file of weights: {reason}") from error
     for key in ("model", "state_dict"):
-        state = state.get(key, state)
-    return state, {}
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no weights: want a dictionary of tensors.")
+    return state, trained_on
 
 
 def fill(trunk: nn.Module, state: dict[str, Tensor], backbone: str, source: str) -> None:

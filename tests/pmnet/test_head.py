@@ -315,6 +315,17 @@ def test_dropout_of_a_half_falls_on_query_and_support_tokens_while_training():
     assert (affinity.eval()([feature], [feature[:, None]]) == 1).all()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_is_an_option_of_the_network(dropout):
+    network = PMNet(SmallBackbone("none"), norm="group", dropout=dropout)
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 3, 64, 64), torch.randn(1, 1, 3, 64, 64), torch.ones(1, 1, 64, 64)
+    with torch.no_grad():
+        inputs[2][..., :32] = 0
+        in_training, in_test = network.train()(*inputs), network.eval()(*inputs)
+    assert torch.equal(in_training, in_test) == (dropout == 0)
+
+
 # Shots
 
 
