@@ -52,7 +52,8 @@ def figure(rows: list[tuple[str, Episode, Tensor]]) -> Figure:
     """One row an episode; at most five supports are shown."""
     shown = min(rows[0][1].support.shape[0], 5)
     columns = [f"support {k + 1}" for k in range(shown)] + ["query", "prediction", "truth"]
-    fig = Figure(figsize=(2.2 * len(columns), 2.5 * len(rows)))
+    height, width = rows[0][1].query.shape[-2:]
+    fig = Figure(figsize=(2.2 * len(columns), (2.1 * height / width + 0.5) * len(rows)))
     axes = fig.subplots(len(rows), len(columns), squeeze=False)
     for (label, episode, pred), line in zip(rows, axes, strict=True):
         pictures = [over(episode.support[k], episode.support_masks[k] == 1) for k in range(shown)]
@@ -73,6 +74,6 @@ def over(image: Tensor, mask: Tensor | None) -> np.ndarray:
     if mask is not None:
         inside = mask.numpy()
         width = max(inside.shape[0] // 96, 1)
-        picture[~inside] = picture[~inside] // 3
+        picture[~inside] = picture[~inside] * 0.4
         picture[inside & ~binary_erosion(inside, iterations=width)] = OUTLINE
     return picture

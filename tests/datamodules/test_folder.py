@@ -60,8 +60,8 @@ def test_folder_a_class_is_read_as_it_was_written(tmp_path):
 
 
 def test_folders_that_begin_with_a_dot_are_no_classes(tmp_path):
-    (write_by_class(tmp_path, classes=3) / ".thumbnails").mkdir()
-    assert read(tmp_path).classes == ["class00", "class01", "class02"]
+    write_by_class(tmp_path, classes=["cat", "dog", ".thumbnails"])
+    assert read(tmp_path).classes == ["cat", "dog"]
 
 
 def test_read_mask_keeps_255_as_ignore(tmp_path):

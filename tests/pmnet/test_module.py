@@ -220,13 +220,15 @@ def test_checkpoint_of_another_backbone_is_refused_by_both_names():
         module.on_load_checkpoint(checkpoint)
 
 
-def test_checkpoint_of_the_same_backbone_with_other_weights_is_refused(tmp_path):
-    other = SmallBackbone("none").trunk.state_dict()
-    other["layer4.0.conv1.weight"] += 1
-    torch.save(other, tmp_path / "other.pth")
-    theirs = FewShotModule(PMNet(SmallBackbone(str(tmp_path / "other.pth"))), CLASSES, partial(SGD, lr=0.1))
-    with pytest.raises(CheckpointError, match=r"other\.pth"):
-        make_module().check_checkpoint(saved(theirs))
+def test_checkpoint_is_refused_after_the_weights_file_of_its_backbone_was_replaced(tmp_path):
+    path = tmp_path / "mine.pth"
+    state = SmallBackbone("none").trunk.state_dict()
+    torch.save(state, path)
+    checkpoint = saved(FewShotModule(PMNet(SmallBackbone(str(path))), CLASSES, partial(SGD, lr=0.1)))
+    state["layer4.0.conv1.weight"] += 1
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"mine\.pth"):
+        FewShotModule(PMNet(SmallBackbone(str(path))), CLASSES, partial(SGD, lr=0.1)).check_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("options", [{"norm": "group"}, {"b3dconvs": False}, {"linear_heads": True}])
