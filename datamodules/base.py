@@ -165,8 +165,9 @@ def decode(path: Path) -> Image.Image:
         image.load()
     except FileNotFoundError as error:
         raise DatasetError(f"No such image: {path}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): truncated or no image? Replace it, or take it away."
+            f"{path} cannot be read ({str(error) or type(error).__name__}): truncated or no image? "
+            "Replace it, or take it away."
         ) from error
     return image

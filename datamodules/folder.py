@@ -107,7 +107,11 @@ class FolderDataset(FewShotDataset):
         path = self.root / "classes.txt"
         if not path.is_file():
             raise DatasetError(f"There is no {path}: write one class name a line; line k names the masks' value k.")
-        names = [line.strip() for line in path.read_text().rstrip().splitlines()]
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DatasetError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from error
+        names = [line.strip() for line in text.rstrip().splitlines()]
         if not 0 < len(names) < IGNORE or len(set(names)) < len(names) or "" in names:
             raise DatasetError(
                 f"{path} must name 1 to {IGNORE - 1} classes, a line each, none twice, no line empty "
@@ -204,6 +208,8 @@ def cut_folds(classes: Sequence[str], folds: int | Sequence[Sequence[str]]) -> l
     """
     if isinstance(folds, int):
         return [part.tolist() for part in np.array_split(np.arange(len(classes)), max(folds, 1))]
+    if any(isinstance(fold, str) for fold in folds):
+        raise DatasetError("dataset.folds is a number, or a list of lists of class names: [[cat,dog],[bus]].")
     unknown = sorted({n for fold in folds for n in fold} - set(classes))
     if unknown:
         raise DatasetError(f"dataset.folds names '{unknown[0]}', which is no class. Classes: {', '.join(classes)}.")

@@ -50,6 +50,14 @@ class FewShotDataModule(L.LightningDataModule):
         super().__init__()
         if any(side % 32 for side in image_size):
             raise DatasetError(f"episodes.image_size must be multiples of 32, not {tuple(image_size)}.")
+        if novel_pixels not in ("background", "ignore"):
+            raise DatasetError(f"episodes.novel_pixels={novel_pixels} is not one of background, ignore.")
+        counts = {"shot.k": shot, "train_shot": train_shot, "episodes.val": val_episodes}
+        counts |= {"episodes.test": test_episodes, "episodes.batch_size": batch_size}
+        counts |= {"episodes.test_batch_size": test_batch_size}
+        for name, count in counts.items():
+            if count < 1:
+                raise DatasetError(f"{name} must be 1 or more, not {count}.")
         self.dataset, self.fold, self.shot, self.train_shot = dataset, fold, shot, train_shot
         self.image_size = (image_size[0], image_size[1])
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
@@ -91,11 +99,27 @@ class FewShotDataModule(L.LightningDataModule):
             "episode_list_sha256": list_hash(self.test_specs),
         }
 
+    @property
+    def training_record(self) -> dict[str, object]:
+        """What shapes a training, as plain values: goes into checkpoints."""
+        names = self.dataset.classes
+        base = self.dataset.base_classes(self.fold)
+        return {
+            "dataset": self.dataset.name,
+            "base_classes": [names[c] for c in base],
+            "train_lists_sha256": json_hash({names[c]: list(self.dataset.images_of(c, "train")) for c in base}),
+            "train_shot": self.train_shot,
+            "image_size": list(self.image_size),
+            "batch_size": self.batch_size,
+            "novel_pixels": self.novel_pixels,
+            "seed": self.seed,
+        }
+
     def setup(self, stage: str) -> None:
         """Draws the lists before any image is touched, so that what is missing shows at once."""
-        assert self.test_specs
+        _ = self.test_specs
         if stage == "fit":
-            assert self.train_specs
+            _ = self.train_specs
 
     def test_dataset(self) -> Episodes:
         return Episodes(self.dataset, self.test_specs, self.image_size)

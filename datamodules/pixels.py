@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 
 from datamodules.base import FewShotDataset, Fold
 from datamodules.episode import IGNORE
+from datamodules.errors import DatasetError
 from datamodules.sampler import EpochSampler, shuffled
 
 GREY = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)  # ImageNet's mean: zero once normalised
@@ -51,7 +52,7 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
             image, mask = self.augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return torch.as_tensor(image), torch.as_tensor(mask)
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
     def without_novel(self, name: str) -> tuple[Tensor, Tensor]:
         image, index = self.dataset.read_image(name), self.dataset.read_index(name)
@@ -80,6 +81,8 @@ class PixelDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         process, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.batch_size % processes:
+            raise DatasetError(f"pretrain.batch_size={self.batch_size} does not divide by {processes} processes.")
         return DataLoader(
             self.pixels,
             batch_size=self.batch_size // processes,

@@ -15,7 +15,7 @@ Images = dict[int, Sequence[str]]  # class id -> names of the images that show i
 
 
 def draw_test_episodes(images: Images, episodes: int, shot: int, seed: int = 0) -> list[EpisodeSpec]:
-    """The list of test episodes, drawn ahead with numpy's legacy generator as published results are.
+    """The list of test episodes, drawn ahead with numpy's legacy generator, seeded as published lists are.
 
     Class i mod n for episode i, its query by `choice`, supports by `choice` until K differ from the query
     and from each other.

@@ -72,7 +72,7 @@ class SyntheticDataset(FewShotDataset):
     """20 classes in 4 folds of 5.
 
     Args:
-        size: height and width of the images in pixels.
+        size: side of the square images in pixels; of [height, width] the longer one.
         images_per_class: how many different images a class has for training, and as many for testing.
         seed: another seed draws other images.
     """
@@ -81,8 +81,9 @@ class SyntheticDataset(FewShotDataset):
     classes = CLASSES
     folds = tuple(tuple(range(5 * fold, 5 * fold + 5)) for fold in range(4))
 
-    def __init__(self, size: int, images_per_class: int, seed: int) -> None:
-        self.size, self.images_per_class, self.seed = size, images_per_class, seed
+    def __init__(self, size: int | Sequence[int], images_per_class: int, seed: int) -> None:
+        self.size = size if isinstance(size, int) else max(size)
+        self.images_per_class, self.seed = images_per_class, seed
         self.splits = f"drawn, seed {seed}; training and test images are apart"
 
     def images_of(self, class_id: int, split: Split) -> Sequence[str]:

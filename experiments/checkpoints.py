@@ -9,7 +9,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pmnet.errors import CheckpointError
-from pmnet.module import FewShotModule
 
 
 def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
@@ -42,6 +41,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
             ) from error
 
 
+def start_of_training(ckpt: str | None, folder: Path, resume: bool) -> Path | None:
+    """What to go on from: this folder's interrupted training before `ckpt`, which began it."""
+    own = find_checkpoint(None, folder, "last") if resume else None
+    return own or find_checkpoint(ckpt, None, "last")
+
+
 def find_checkpoint(ckpt: str | None, folder: Path | None, which: str) -> Path | None:
     """The checkpoint to read: the file `ckpt`, the one in the run folder `ckpt`, or the one in `folder`, if any.
 
@@ -62,8 +67,8 @@ def find_checkpoint(ckpt: str | None, folder: Path | None, which: str) -> Path |
     return path
 
 
-def check_checkpoint(path: Path, module: FewShotModule) -> None:
-    """Raises CheckpointError where a file is damaged, unsafe, or of another network or backbone."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's plain values and tensors. Raises CheckpointError where it is damaged or unsafe."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or malicious file makes the reader raise
@@ -71,4 +76,15 @@ def check_checkpoint(path: Path, module: FewShotModule) -> None:
             f"{path} cannot be read as a checkpoint: damaged, or it holds more than tensors and plain values "
             f"({type(error).__name__}). It was not run."
         ) from error
-    module.check_checkpoint(checkpoint if isinstance(checkpoint, dict) else {})
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def check_same_training(path: Path, checkpoint: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises CheckpointError where an interrupted training is not the one that is asked for."""
+    saved = checkpoint.get("record", {})
+    differ = [f"{k} is {record[k]}, there {saved.get(k)}" for k in record if saved.get(k) != record[k]]
+    if differ:
+        raise CheckpointError(
+            f"{path} is of another training: {differ[0]}. Choose another hydra.run.dir, "
+            "or start afresh in this one with resume=false."
+        )

@@ -18,7 +18,7 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     """The CSV logger, and the chosen one beside it; W&B goes offline where there is no key."""
     keep_earlier(folder / "metrics.csv")
     loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
-    if not cfg.logger._target_.endswith("CSVLogger"):
+    if cfg.logger._target_:
         options = OmegaConf.create(cfg.logger)
         if "wandb" in cfg.logger._target_.lower() and not options.offline and wandb.api.api_key is None:
             log.warning(

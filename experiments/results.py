@@ -13,6 +13,7 @@ import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -22,7 +23,7 @@ from pmnet.network import PMNet
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy", "pillow")
 SELECTION = (
-    "best.ckpt is the epoch with the best mIoU on validation episodes, which are the head of the test list, on the "
+    "the epoch with the best mIoU on validation episodes, which are the head of the test list, on the "
     "same novel classes (the field's convention)"
 )
 
@@ -35,6 +36,7 @@ def make(
     result: TestResult,
     untrained: TestResult | None,
     ckpt: Path,
+    checkpoint: dict[str, Any],
     clock: dict[str, float],
 ) -> dict[str, Any]:
     """The record of a run, as plain values."""
@@ -52,8 +54,9 @@ def make(
         "episodes": data.provenance,
         "backbone": network.backbone.provenance.as_dict(),
         "parameters": {"learnable": learnable(network), "frozen": frozen(network)},
-        "checkpoint": {"path": str(ckpt), "selection": SELECTION},
-        "training": {"epochs": trainer.current_epoch, "steps": trainer.global_step},
+        "checkpoint": {"path": str(ckpt), "selection": SELECTION if ckpt.name == "best.ckpt" else None},
+        "training": {"epochs": checkpoint["epoch"] + 1, "steps": checkpoint["global_step"], **checkpoint["record"]},
+        "tested_classes_seen_in_training": seen_in_training(data, checkpoint["record"]),
         "seconds": {
             "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
             "test": round(clock["end"] - clock["test"], 1),
@@ -62,6 +65,12 @@ def make(
         "device": str(trainer.strategy.root_device),
         "processes": trainer.world_size,
     } | origin(cfg)
+
+
+def seen_in_training(data: FewShotDataModule, record: dict[str, Any]) -> list[str]:
+    """Classes of the test that the head was trained on, where both are of one dataset."""
+    novel = [data.dataset.classes[c] for c in data.novel_class_ids]
+    return sorted(set(record["base_classes"]) & set(novel)) if record["dataset"] == data.dataset.name else []
 
 
 def scores(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -114,7 +123,7 @@ def write_episodes(path: Path, data: FewShotDataModule, result: TestResult) -> N
         for index, iou in sorted(result.episode_iou.items()):
             spec = data.test_specs[index]
             name = data.dataset.classes[spec.class_id]
-            writer.writerow([index, name, spec.query, " ".join(spec.supports), f"{iou:.2f}"])
+            writer.writerow([index, name, spec.query, json.dumps(spec.supports), f"{iou:.2f}"])
 
 
 def print_setting(cfg: DictConfig, data: FewShotDataModule, network: PMNet) -> None:
@@ -123,21 +132,21 @@ def print_setting(cfg: DictConfig, data: FewShotDataModule, network: PMNet) -> N
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     base = [data.dataset.classes[c] for c in data.dataset.base_classes(data.fold)]
     novel = [data.dataset.classes[c] for c in data.novel_class_ids]
-    table.add_row("dataset", f"{data.dataset.name}, fold {data.fold} ({data.dataset.splits})")
+    table.add_row("dataset", escape(f"{data.dataset.name}, fold {data.fold} ({data.dataset.splits})"))
     table.add_row("base classes", shorten(base))
     table.add_row("novel classes", shorten(novel))
-    table.add_row("backbone", f"{made.backbone}, weights {made.weights} ({made.source})")
+    table.add_row("backbone", escape(f"{made.backbone}, weights {made.weights} ({made.source})"))
     table.add_row("parameters", f"{learnable(network):,} learnable, {frozen(network):,} frozen")
     console = Console(soft_wrap=True)
     console.print(table)
-    if cfg.mode == "train":
-        seen = set(made.trained_on.get("classes", ())) & set(novel)
-        if seen and made.trained_on.get("dataset") == data.dataset.name:
-            console.print(f"[bold yellow]The backbone was trained on novel classes of this fold:[/] {', '.join(seen)}")
+    seen = sorted(set(made.trained_on.get("classes", ())) & set(novel))
+    if seen and made.trained_on.get("dataset") == data.dataset.name:
+        warning = "[bold yellow]The backbone was trained on novel classes of this fold:[/] "
+        console.print(warning + escape(", ".join(seen)))
 
 
 def shorten(names: list[str], most: int = 12) -> str:
-    return f"{len(names)}: " + ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return escape(f"{len(names)}: " + ", ".join(names[:most]) + (", ..." if len(names) > most else ""))
 
 
 def print_scores(record: dict[str, Any], folder: Path) -> None:
@@ -150,10 +159,14 @@ def print_scores(record: dict[str, Any], folder: Path) -> None:
     for name in columns:
         table.add_column(name, justify="right")
     for name in test["iou_per_class"]:
-        table.add_row(name, *(f"{c['iou_per_class'][name]:.1f}" for c in columns.values()))
+        table.add_row(escape(name), *(f"{c['iou_per_class'][name]:.1f}" for c in columns.values()))
     table.add_section()
     table.add_row("mIoU", *(f"[bold]{c['miou']:.1f}[/]" for c in columns.values()))
     table.add_row("FB-IoU", *(f"{c['fb_iou']:.1f}" for c in columns.values()))
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(f"Results   {folder / 'results.json'}\nPictures  {folder / 'predictions'}", highlight=False)
+    seen = record["tested_classes_seen_in_training"]
+    if seen:
+        console.print("[bold yellow]Tested classes that the network was trained on:[/] " + escape(", ".join(seen)))
+    places = f"Results   {folder / 'results.json'}\nPictures  {folder / 'predictions'}"
+    console.print(escape(places), highlight=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
@@ -16,13 +17,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 
 from datamodules import FewShotDataModule
 from datamodules.errors import DatasetError
 from datamodules.pixels import BasePixels, PixelDataModule
 from experiments import panels, results
 from experiments.callbacks import EpochLog, EpochSeed
-from experiments.checkpoints import AtomicCheckpoints, check_checkpoint, checkpoint_callbacks, find_checkpoint
+from experiments.checkpoints import (
+    AtomicCheckpoints,
+    check_same_training,
+    checkpoint_callbacks,
+    find_checkpoint,
+    read_checkpoint,
+    start_of_training,
+)
 from experiments.errors import UserError, explain
 from experiments.loggers import make_loggers
 from pmnet.errors import PMNetError
@@ -51,10 +60,13 @@ def run_job(cfg: DictConfig) -> float | None:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
         if not isinstance(cause, EXPECTED):
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {explain(cause)}", highlight=False)
+        message = escape(explain(cause))
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {message}", highlight=False)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the sweep goes on with its other jobs, and ends with an exit code that says so
         sys.exit(1)
+    finally:
+        wandb.finish()  # the next job of a sweep in this process begins a run of its own
 
 
 def quiet() -> None:
@@ -73,7 +85,15 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     data = make_data(cfg)
     data.setup("test" if cfg.mode == "test" else "fit")
     network: PMNet = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
-    module = FewShotModule(network, data.novel_class_ids, instantiate(cfg.optimizer), instantiate(cfg.scheduler))
+    record = data.training_record if cfg.mode == "train" else {}
+    module = FewShotModule(
+        network,
+        data.novel_class_ids,
+        instantiate(cfg.loss),
+        instantiate(cfg.optimizer),
+        instantiate(cfg.scheduler),
+        record,
+    )
     trainer = make_trainer(cfg, folder, [EpochSeed(cfg.seed), EpochLog(), *checkpoint_callbacks(folder)])
     if trainer.is_global_zero:
         results.print_setting(cfg, data, network)
@@ -81,9 +101,12 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     clock = {"start": time.time()}
     untrained = None
     if cfg.mode == "train":
-        start = find_checkpoint(cfg.ckpt, folder if cfg.resume else None, "last")
+        start = start_of_training(cfg.ckpt, folder, cfg.resume)
         if start:
-            check_checkpoint(start, module)
+            checkpoint = read_checkpoint(start)
+            module.check_checkpoint(checkpoint)
+            if start.is_relative_to(folder):
+                check_same_training(start, checkpoint, record)
             log.info("Going on from %s", start)
         if cfg.untrained:
             untrained = test(trainer, module, data, None)
@@ -96,17 +119,18 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         best = find_checkpoint(cfg.ckpt, None, "best")
         if best is None:
             raise UserError("mode=test needs the checkpoint to test: ckpt=/path/to/best.ckpt, or its run's folder.")
-        check_checkpoint(best, module)
+    checkpoint = read_checkpoint(best)
+    module.check_checkpoint(checkpoint)
     clock["test"] = time.time()
     result = test(trainer, module, data, best)
     clock["end"] = time.time()
 
     if trainer.is_global_zero:
-        record = results.make(cfg, data, network, trainer, result, untrained, best, clock)
-        results.write_json(folder / "results.json", record)
+        summary = results.make(cfg, data, network, trainer, result, untrained, best, checkpoint, clock)
+        results.write_json(folder / "results.json", summary)
         results.write_episodes(folder / "episodes.csv", data, result)
         panels.draw(folder / "predictions", data, module.to(trainer.strategy.root_device), result, cfg.panels)
-        results.print_scores(record, folder)
+        results.print_scores(summary, folder)
     return float(result.scores["miou"])
 
 
@@ -137,7 +161,7 @@ def image_size(cfg: DictConfig) -> tuple[int, int]:
 
 
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
-    return instantiate(
+    trainer: L.Trainer = instantiate(
         cfg.trainer,
         default_root_dir=str(folder),
         logger=make_loggers(cfg, folder),
@@ -147,6 +171,13 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> 
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+    hydra = HydraConfig.get()
+    if hydra.mode is RunMode.MULTIRUN and hydra.launcher._target_.endswith("BasicLauncher") and trainer.world_size > 1:
+        raise UserError(
+            "A sweep in one process (-m) cannot start several processes a job: use trainer.devices=1, or start the "
+            "jobs one by one without -m."
+        )
+    return trainer
 
 
 def test(trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule, ckpt: Path | None) -> TestResult:
@@ -165,7 +196,9 @@ def pretrain(cfg: DictConfig, folder: Path) -> None:
     _, keep_last = checkpoint_callbacks(folder)
     trainer = make_trainer(cfg, folder, [EpochLog(), keep_last])
     data = PixelDataModule(pixels, p.batch_size, p.images_per_epoch, cfg.episodes.workers)
-    start = find_checkpoint(cfg.ckpt, folder if cfg.resume else None, "last")
+    start = start_of_training(cfg.ckpt, folder, cfg.resume)
+    if start and read_checkpoint(start).get("state_dict", {}).keys() != module.state_dict().keys():
+        raise UserError(f"{start} is no checkpoint of this pre-training: check ckpt, hydra.run.dir and backbone.")
     trainer.fit(module, data, ckpt_path=start, weights_only=True)
     if trainer.is_global_zero:
         path = folder / "backbone.safetensors"

@@ -5,6 +5,10 @@ class PMNetError(Exception):
     """Base of the errors below: shown as one message, without a traceback."""
 
 
+class SettingError(PMNetError):
+    """An option has a value that it cannot have."""
+
+
 class WeightsError(PMNetError):
     """Backbone weights are missing, damaged, or belong to another backbone."""
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmnet.affinity import HEADS
+from pmnet.errors import SettingError
 
 Norm = Literal["batch", "group"]
 ENHANCED = 16  # channels of the enhanced affinity and so of a coarse mask
@@ -23,6 +24,8 @@ class B3DConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, norm: Norm) -> None:
         super().__init__()
+        if norm not in ("batch", "group"):
+            raise SettingError(f"model.norm={norm} is not one of batch, group.")
         pad = kernel // 2
         self.query_conv = nn.Conv3d(in_channels, out_channels, (kernel, kernel, 1), padding=(pad, pad, 0))
         self.support_conv = nn.Conv3d(in_channels, out_channels, (1, kernel, kernel), padding=(0, pad, pad))

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import CatMetric
@@ -43,19 +42,23 @@ class FewShotModule(L.LightningModule):
     Args:
         network: called with (query, support, support_masks); has a frozen `backbone` and a `head`.
         class_ids: novel classes, over which validation and test take the mean.
+        loss: of logits (B, 2, H, W) and masks (B, H, W) int64 with 255 = ignore.
         optimizer: makes the optimiser from the head's parameters.
         scheduler: makes a schedule from the optimiser, stepped once an epoch; None keeps the rate.
+        record: what the training is made of (plain values); goes into checkpoints.
     """
 
     def __init__(
         self,
         network: PMNet,
         class_ids: Sequence[int],
+        loss: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer], Any] | None = None,
+        record: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.loss, self.record = network, loss, record or {}
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.val_iou = FewShotIoU(class_ids)
         self.test_iou = FewShotIoU(class_ids)
@@ -67,13 +70,12 @@ class FewShotModule(L.LightningModule):
         return self.network(batch.query, batch.support, batch.support_masks)
 
     def training_step(self, batch: "Episode", batch_index: int) -> Tensor:
-        """Binary cross-entropy, as 2-way cross-entropy over the logits; pixels marked 255 do not count."""
-        logits = self(batch)
-        losses = F.cross_entropy(logits.float(), batch.query_mask.long(), ignore_index=IGNORE, reduction="none")
-        loss = losses.sum() / (batch.query_mask != IGNORE).sum().clamp(min=1)
+        """The loss over the pixels not marked 255; as published, 2-way cross-entropy."""
+        logits, masks = self(batch).float(), batch.query_mask.long()
+        loss = self.loss(logits, masks) if (masks != IGNORE).any() else 0 * logits.sum()
         if not torch.isfinite(loss):
-            broken = (~torch.isfinite(losses.flatten(1).sum(1))).tolist()
-            self.refuse([spec for spec, bad in zip(batch.spec, broken, strict=True) if bad] or batch.spec)
+            alone = [self.loss(logits[i : i + 1], masks[i : i + 1]).isfinite() for i in range(len(masks))]
+            self.refuse([spec for spec, good in zip(batch.spec, alone, strict=True) if not good] or batch.spec)
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.spec))
         return loss
@@ -140,7 +142,7 @@ class FewShotModule(L.LightningModule):
                 f"Weights became infinite or NaN ({bad[0]}) in epoch {self.trainer.current_epoch}; they are not "
                 "saved, the last checkpoint is from before. Lower the learning rate (optimizer.lr)."
             )
-        checkpoint["state_dict"] = state
+        checkpoint["state_dict"], checkpoint["record"] = state, self.record
         checkpoint["backbone"] = self.network.backbone.provenance.as_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -92,7 +92,9 @@ class PMNet(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone.freeze()
-        self.head = PMNetHead(backbone.channels, backbone.blocks, norm, linear_heads, b3dconvs, support_background)
+        self.head = PMNetHead(
+            backbone.channels, backbone.blocks, norm, linear_heads, b3dconvs, support_background, dropout
+        )
 
     def forward(self, query: Tensor, support: Tensor, support_masks: Tensor) -> Tensor:
         """

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pmnet.backbone import Backbone
+from pmnet.errors import NonFiniteLossError
 
 LAYERS = ("layer2", "layer3", "layer4")
 
@@ -50,11 +51,17 @@ class BackbonePretraining(L.LightningModule):
         losses = []
         for layer, classifier in self.classifiers.items():
             logits = F.interpolate(classifier(features[layer][-1]), target.shape[-2:], mode="bilinear")
-            losses.append(F.cross_entropy(logits, target, ignore_index=255))
             counts = target != 255
-            accuracy = (logits.argmax(1) == target)[counts].float().mean()
+            summed = F.cross_entropy(logits, target, ignore_index=255, reduction="sum")
+            losses.append(summed / counts.sum().clamp(min=1))  # a crop may show novel classes alone
+            accuracy = (logits.argmax(1) == target)[counts].sum() / counts.sum().clamp(min=1)
             self.log(f"train/accuracy_{layer}", accuracy, on_epoch=True, on_step=False)
         loss = torch.stack(losses).mean()
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The loss is no finite number in epoch {self.trainer.current_epoch}; the last checkpoint is from "
+                "before. Lower the learning rate (optimizer.lr)."
+            )
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", accuracy, prog_bar=True)
         return loss

@@ -1,11 +1,14 @@
 """ResNet-18, -50 and -101 as torchvision builds them."""
 
+from functools import partial
+
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 from pmnet.backbone.base import Backbone, Features
 from pmnet.backbone.weights import load_weights
+from pmnet.errors import SettingError
 
 
 class ResNetBackbone(Backbone):
@@ -22,14 +25,22 @@ class ResNetBackbone(Backbone):
 
     def __init__(self, name: str, weights: str, download: bool = False) -> None:
         super().__init__()
-        self.trunk, self.provenance = load_weights(
-            lambda: torchvision.models.get_model(name, weights=None), name, weights, download
-        )
+        self.trunk, self.provenance = load_weights(partial(build_trunk, name), name, weights, download)
         self.channels, self.blocks = residual_layout(self.trunk)
 
     def blocks_of(self, images: Tensor) -> Features:
         trunk = self.trunk
         return residual_features(trunk, trunk.maxpool(F.relu(trunk.bn1(trunk.conv1(images)))))
+
+
+def build_trunk(name: str) -> nn.Module:
+    if name not in torchvision.models.list_models(include="resnet*"):
+        raise SettingError(
+            f"backbone.name={name} is not one of {', '.join(torchvision.models.list_models(include='resnet*'))}."
+        )
+    trunk = torchvision.models.get_model(name, weights=None)
+    trunk.fc = nn.Identity()
+    return trunk
 
 
 def residual_layout(trunk: nn.Module) -> tuple[dict[str, int], dict[str, int]]:

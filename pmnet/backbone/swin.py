@@ -25,7 +25,7 @@ class SwinBackbone(Backbone):
     def __init__(self, weights: str, download: bool = False) -> None:
         super().__init__()
         name = "swin_base_patch4_window12_384"
-        build = partial(timm.create_model, name, pretrained=False, strict_img_size=False)
+        build = partial(timm.create_model, name, pretrained=False, strict_img_size=False, num_classes=0)
         self.trunk, self.provenance = load_weights(build, "swin_b", weights, download)
         self.channels = {stage: 128 * 2**i for i, stage in enumerate(STAGES)}
         self.blocks = {stage: len(layer.blocks) for stage, layer in zip(STAGES, self.trunk.layers, strict=True)}

@@ -170,11 +170,11 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def fill(trunk: nn.Module, state: dict[str, Tensor], backbone: str, source: str) -> None:
-    """Loads all weights but the classifier's, which may differ in its number of classes or be absent."""
+    """Loads all weights of a file but the classifier's, which is not part of a backbone."""
     own = trunk.state_dict()
     classifier = ("fc.", "head.")
     state = {k: v.to(own[k].dtype) if k in own else v for k, v in state.items() if not k.startswith(classifier)}
-    missing = [k for k in own if k not in state and not k.startswith(classifier) and "num_batches" not in k]
+    missing = [k for k in own if k not in state and "num_batches" not in k]
     wrong = [k for k in state if k in own and state[k].shape != own[k].shape]
     unknown = [k for k in state if k not in own]
     if missing or wrong or unknown:

@@ -4,6 +4,7 @@ import csv
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +43,9 @@ def test_run_leaves_what_is_needed_to_trust_and_repeat_it(trained: Path) -> None
     assert len(record["episodes"]["episode_list_sha256"]) == len(record["backbone"]["sha256"]) == 64
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["config"]["optimizer"]["_target_"] == "torch.optim.AdamW"
-    assert record["training"] == {"epochs": 3, "steps": 6}
+    assert record["training"]["steps"] == 2 * record["training"]["epochs"] <= 6
+    assert record["training"]["seed"] == 0
+    assert record["tested_classes_seen_in_training"] == []
     output = (trained / "output.txt").read_text()
     assert "learnable, 907,256 frozen" in output
     assert "all foreground" in output
@@ -111,6 +114,43 @@ def test_going_on_from_another_folder(trained: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Epoch 4/4" in done.stdout + done.stderr
     assert "Epoch 3/4" not in done.stdout + done.stderr
+
+
+def test_another_training_in_the_same_folder_is_refused(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    setting = [*TINY, "trainer.max_epochs=3", f"hydra.run.dir={tmp_path}"]
+    refused(run(*setting, "fold=1"), "another training", "base_classes", "resume=false")
+    refused(run(*setting, "seed=1"), "another training", "seed")
+
+
+def test_testing_on_classes_of_the_training_is_said(trained: Path, tmp_path: Path) -> None:
+    done = run(*TINY, "mode=test", f"ckpt={trained}", "fold=1", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    record = results(tmp_path)
+    assert record["tested_classes_seen_in_training"] == sorted(record["episodes"]["novel_classes"])
+    assert "trained on:" in done.stdout
+    assert record["training"]["epochs"] <= 3
+
+
+def test_interrupted_run_is_gone_on_with_before_the_checkpoint_that_began_it(trained: Path, tmp_path: Path) -> None:
+    setting = [*TINY, f"ckpt={trained}", f"hydra.run.dir={tmp_path}"]
+    assert run(*setting, "trainer.max_epochs=4").returncode == 0
+    done = run(*setting, "trainer.max_epochs=5")
+    assert f"Going on from {tmp_path}" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("model.norm=bacth", "batch, group"),
+        ("episodes.novel_pixels=ignored", "background, ignore"),
+        ("shot.k=0", "shot.k must be 1 or more"),
+        ("episodes.image_size=100", "multiples of 32"),
+        ("mode=tset", "train, test, pretrain"),
+    ],
+)
+def test_value_that_cannot_be_is_refused(tmp_path: Path, setting: str, words: str) -> None:
+    refused(run(*TINY, setting, f"hydra.run.dir={tmp_path}"), words)
 
 
 @pytest.mark.parametrize("layout", [write_indexed, write_by_class])

@@ -116,7 +116,7 @@ def test_small_backbone_has_the_sums_before_the_last_relu_of_torchvision_blocks(
 @pytest.mark.slow
 def test_swin_features_are_the_blocks_outputs():
     backbone = SWIN().freeze()
-    reference = timm.create_model("swin_base_patch4_window12_384", pretrained=False).eval()
+    reference = timm.create_model("swin_base_patch4_window12_384", pretrained=False, num_classes=0).eval()
     reference.load_state_dict(backbone.trunk.state_dict())
     outputs = {layer: [] for layer in LAYERS}
     for kept, stage in zip(outputs.values(), reference.layers, strict=True):
@@ -256,7 +256,7 @@ def test_classifier_may_differ_or_be_absent(tmp_path, classes):
     torch.save(state, tmp_path / "mine.pth")
     loaded = ResNetBackbone("resnet18", str(tmp_path / "mine.pth")).trunk.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in state.items() if not k.startswith("fc."))
-    assert loaded["fc.weight"].shape == (1000, 512)
+    assert not any(k.startswith("fc.") for k in loaded)  # no part of a backbone, nor of its hash
 
 
 @pytest.mark.slow

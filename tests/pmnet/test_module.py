@@ -17,12 +17,13 @@ from pmnet.module import FewShotModule
 from pmnet.pretrain import BackbonePretraining
 
 CLASSES = [3, 5]
+LOSS = torch.nn.CrossEntropyLoss(ignore_index=255)
 TRAINER = SimpleNamespace(current_epoch=7, global_step=123)
 
 
 def make_module(monkeypatch=None, seed=0, scheduler=None, **options):
     torch.manual_seed(seed)
-    module = FewShotModule(PMNet(SmallBackbone("none"), **options), CLASSES, partial(SGD, lr=0.1), scheduler)
+    module = FewShotModule(PMNet(SmallBackbone("none"), **options), CLASSES, LOSS, partial(SGD, lr=0.1), scheduler)
     if monkeypatch:  # Lightning's own logging needs a trainer at work
         module.logged = {}
         monkeypatch.setattr(module, "log", lambda name, value, **_: module.logged.update({name: value}))
@@ -224,11 +225,11 @@ def test_checkpoint_is_refused_after_the_weights_file_of_its_backbone_was_replac
     path = tmp_path / "mine.pth"
     state = SmallBackbone("none").trunk.state_dict()
     torch.save(state, path)
-    checkpoint = saved(FewShotModule(PMNet(SmallBackbone(str(path))), CLASSES, partial(SGD, lr=0.1)))
+    checkpoint = saved(FewShotModule(PMNet(SmallBackbone(str(path))), CLASSES, LOSS, partial(SGD, lr=0.1)))
     state["layer4.0.conv1.weight"] += 1
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"mine\.pth"):
-        FewShotModule(PMNet(SmallBackbone(str(path))), CLASSES, partial(SGD, lr=0.1)).check_checkpoint(checkpoint)
+        FewShotModule(PMNet(SmallBackbone(str(path))), CLASSES, LOSS, partial(SGD, lr=0.1)).check_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("options", [{"norm": "group"}, {"b3dconvs": False}, {"linear_heads": True}])
