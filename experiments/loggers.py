@@ -9,7 +9,7 @@ import wandb
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
 
@@ -19,14 +19,13 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     keep_earlier(folder / "metrics.csv")
     loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
     if cfg.logger._target_:
-        options = OmegaConf.create(cfg.logger)
-        if "wandb" in cfg.logger._target_.lower() and not options.offline and wandb.api.api_key is None:
+        options = {}
+        if "wandb" in cfg.logger._target_.lower() and not cfg.logger.offline and not wandb.login(prompt=False):
             log.warning(
                 "No W&B key: the run is kept offline. Upload it later: wandb sync %s/wandb/offline-run-*", folder
             )
-            with open_dict(options):
-                options.offline = True
-        loggers.append(instantiate(options))
+            options["offline"] = True
+        loggers.append(instantiate(cfg.logger, **options))
         loggers[-1].log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
     return loggers
 

@@ -29,7 +29,7 @@ def command(*overrides: str) -> list[str]:
 
 def run(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """`python run.py <overrides>` from the project's root; wide, so that no message is broken."""
-    environment = os.environ | {"COLUMNS": "300", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"} | (env or {})
+    environment = os.environ | {"COLUMNS": "300", "OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.run(
         command(*overrides), cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600, check=False
     )

@@ -182,7 +182,7 @@ def test_backbone_is_pretrained_and_used(tmp_path: Path) -> None:
 
 
 def test_sweep_runs_every_job(tmp_path: Path) -> None:
-    sweep = [*TINY, "trainer.max_epochs=1", "fold=0,1", "shot=1,5", "-m", f"hydra.sweep.dir={tmp_path}"]
+    sweep = [*TINY, "trainer.max_epochs=1", "fold=0,1", "shot=1,5", f"hydra.sweep.dir={tmp_path}", "-m"]
     done = run(*sweep)
     assert done.returncode == 0, done.stderr
     settings = [results(path.parent)["setting"] for path in tmp_path.glob("*/results.json")]
@@ -190,7 +190,7 @@ def test_sweep_runs_every_job(tmp_path: Path) -> None:
 
 
 def test_wandb_offline_without_a_key(tmp_path: Path) -> None:
-    environment = {"WANDB_MODE": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     done = run(*TINY, "logger=wandb", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}/run", env=environment)
     assert done.returncode == 0, done.stderr
     assert "wandb sync" in done.stdout + done.stderr
@@ -241,7 +241,7 @@ def test_broken_image_in_a_worker_is_one_message(tmp_path: Path) -> None:
         "    if m.parent_process() is not None: path = path.with_name('gone.jpg')\n"
         "    return real(path)\n"
         "import datamodules.folder as f; f.load_image = load\n"
-        "import run; run.main()\n"
+        "import runpy; runpy.run_path('run.py', run_name='__main__')\n"
     )
     setting = [*TINY, "dataset=folder", f"dataset.root={tmp_path}/data", "dataset.folds=2", "episodes.workers=1"]
     done = subprocess.run(
@@ -266,7 +266,8 @@ def test_full_disk_keeps_the_checkpoint_before(trained: Path, tmp_path: Path) ->
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     good = (trained / "checkpoints" / "last.ckpt").read_bytes()
-    (folder / "last.ckpt").write_bytes(good)
+    for name in ("best.ckpt", "last.ckpt"):
+        (folder / name).write_bytes(good)
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -282,4 +283,4 @@ def test_full_disk_keeps_the_checkpoint_before(trained: Path, tmp_path: Path) ->
 
 
 def test_devices_that_are_not_there(tmp_path: Path) -> None:
-    refused(run(*TINY, "trainer.accelerator=cuda", f"hydra.run.dir={tmp_path}"), "cuda")
+    refused(run(*TINY, "trainer.accelerator=cuda", f"hydra.run.dir={tmp_path}"), "CUDA", "cpu")
