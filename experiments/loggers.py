@@ -19,12 +19,12 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     keep_earlier(folder / "metrics.csv")
     loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
     if cfg.logger._target_:
-        options = {}
+        options: dict[str, Any] = {}
         if "wandb" in cfg.logger._target_.lower() and not cfg.logger.offline and not wandb.login(prompt=False):
             log.warning(
                 "No W&B key: the run is kept offline. Upload it later: wandb sync %s/wandb/offline-run-*", folder
             )
-            options["offline"] = True
+            options = {"offline": True, "mode": "offline"}
         loggers.append(instantiate(cfg.logger, **options))
         loggers[-1].log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
     return loggers
