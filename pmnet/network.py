@@ -1,5 +1,7 @@
 """PMNet (paper 3.2): frozen backbone, affinity, HSFM, decoder in a row."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +73,7 @@ class PMNet(nn.Module):
 
     Args:
         backbone: frozen here: no gradients, always in eval mode.
-        norm, linear_heads, b3dconvs, support_background, dropout: see `PMNetHead`.
+        head: options of `PMNetHead`: norm, linear_heads, b3dconvs, support_background, dropout.
 
     Example:
         >>> from pmnet import PMNet, ResNetBackbone
@@ -81,20 +83,10 @@ class PMNet(nn.Module):
         torch.Size([1, 2, 64, 64])
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        norm: Norm = "batch",
-        linear_heads: bool = False,
-        b3dconvs: bool = True,
-        support_background: bool = True,
-        dropout: float = 0.5,
-    ) -> None:
+    def __init__(self, backbone: Backbone, **head: Any) -> None:
         super().__init__()
         self.backbone = backbone.freeze()
-        self.head = PMNetHead(
-            backbone.channels, backbone.blocks, norm, linear_heads, b3dconvs, support_background, dropout
-        )
+        self.head = PMNetHead(backbone.channels, backbone.blocks, **head)
 
     def forward(self, query: Tensor, support: Tensor, support_masks: Tensor) -> Tensor:
         """
