@@ -121,6 +121,8 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
             raise UserError("mode=test needs the checkpoint to test: ckpt=/path/to/best.ckpt, or its run's folder.")
     checkpoint = read_checkpoint(best)
     module.check_checkpoint(checkpoint)
+    if cfg.mode == "train":  # a training that ended before its first validation may stand beside an older best
+        check_same_training(best, checkpoint, record)
     clock["test"] = time.time()
     result = test(trainer, module, data, best)
     clock["end"] = time.time()
