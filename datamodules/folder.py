@@ -27,6 +27,7 @@ from torch import Tensor
 from datamodules.base import FewShotDataset, Split, decode, load_image
 from datamodules.episode import IGNORE
 from datamodules.errors import DatasetError
+from datamodules.sampler import json_hash
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -183,6 +184,10 @@ class FolderDataset(FewShotDataset):
                 "0 = none, k = the class of line k in classes.txt, 255 = ignore."
             )
         return torch.from_numpy(values.astype(np.uint8))
+
+    def fingerprint(self) -> str:
+        stats = [path.stat() for pair in self.files.values() for path in pair]
+        return json_hash([str(self.root.absolute()), [(s.st_size, s.st_mtime_ns) for s in stats]])
 
     def advice(self) -> str:
         return (

@@ -1,34 +1,51 @@
-"""The LightningDataModule: train, validation and test episodes of one fold of one benchmark."""
+"""The LightningDataModule: train, validation and test episodes of one fold of one setting."""
 
+import logging
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import lightning as L
 from torch.utils.data import DataLoader
 
 from datamodules.base import Episodes, FewShotDataset, Fold
+from datamodules.cache import ImageCache
 from datamodules.episode import Episode, EpisodeSpec
 from datamodules.errors import DatasetError
-from datamodules.sampler import EpochSampler, TrainingEpisodes, draw_test_episodes, json_hash, list_hash
+from datamodules.registry import all_datasets
+from datamodules.sampler import EpochSampler, TrainingEpisodes, json_hash, list_hash
+from datamodules.tasks import check_pair
+
+log = logging.getLogger(__name__)
 
 
 class FewShotDataModule(L.LightningDataModule):
     """Supplies `Episode` batches; the same episodes whatever the workers, batch size or processes.
 
     Args:
-        dataset: where to train and test.
+        dataset: where to train.
+        target: where to test; None is where training was, on classes that it held out.
+        validation: where to choose the best epoch; None is the training dataset, on classes that it held out.
+        task: cross_category, cross_dataset or cross_domain; decides which target goes with a dataset.
         fold: its novel classes are tested on, all others trained on; "all" does both on every class.
         shot: K of validation and test episodes.
         train_shot: K of training episodes (1 by the field's convention).
-        image_size: (H, W), multiples of 32.
+        image_size: the side, or (H, W); multiples of 32.
         batch_size: episodes of a training batch over all processes together.
         test_batch_size: episodes of a validation or test batch of each process.
-        episodes_per_epoch: None for one a pair of image and class; rounded up to whole batches.
-        val_episodes: validation takes this many from the head of the test list.
-        test_episodes: length of the test list.
+        per_epoch: training episodes an epoch, rounded up to whole batches; None for one a pair of
+            image and class, or one an image where the classes are balanced.
+        val: validation episodes; None as many as a published test of the dataset has.
+        test: length of the test list; None as published.
+        repeats: whether an image may come twice among the K supports of a test episode; None as published.
         novel_pixels: what pixels of the fold's novel classes are in training queries: "background", as the
             published protocols have it, or "ignore": they count neither as right nor as wrong.
+        cache: folder for resized images, read instead of the files; None reads and resizes the files each time.
         workers: processes that read images, each in every training process; 0 reads in place.
         seed: of the training episodes. The test list always has seed 0, as published ones do.
+
+    Raises:
+        DatasetError: a setting that cannot be; a pair of datasets that is none of the task's.
     """
 
     def __init__(
@@ -37,64 +54,121 @@ class FewShotDataModule(L.LightningDataModule):
         fold: Fold,
         shot: int,
         train_shot: int,
-        image_size: tuple[int, int],
+        image_size: int | Sequence[int],
         batch_size: int,
         test_batch_size: int,
-        episodes_per_epoch: int | None,
-        val_episodes: int,
-        test_episodes: int,
+        per_epoch: int | None,
+        val: int | None,
+        test: int | None,
         novel_pixels: str,
         workers: int,
         seed: int,
+        repeats: bool | None = None,
+        cache: str | None = None,
+        task: str = "cross_category",
+        target: FewShotDataset | None = None,
+        validation: FewShotDataset | None = None,
     ) -> None:
         super().__init__()
-        if any(side % 32 for side in image_size):
-            raise DatasetError(f"episodes.image_size must be multiples of 32, not {tuple(image_size)}.")
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % 32 or width % 32:
+            raise DatasetError(f"episodes.image_size must be multiples of 32, not {(height, width)}.")
         if novel_pixels not in ("background", "ignore"):
             raise DatasetError(f"episodes.novel_pixels={novel_pixels} is not one of background, ignore.")
-        counts = {"shot.k": shot, "train_shot": train_shot, "episodes.val": val_episodes}
-        counts |= {"episodes.test": test_episodes, "episodes.batch_size": batch_size}
+        counts = {"shot.k": shot, "train_shot": train_shot, "episodes.batch_size": batch_size}
         counts |= {"episodes.test_batch_size": test_batch_size}
+        counts |= {f"episodes.{n}": c for n, c in (("val", val), ("test", test)) if c is not None}
         for name, count in counts.items():
             if count < 1:
                 raise DatasetError(f"{name} must be 1 or more, not {count}.")
+        self.same = target is None or target.name == dataset.name
+        check_pair(task, dataset, None if self.same else target)
         self.dataset, self.fold, self.shot, self.train_shot = dataset, fold, shot, train_shot
-        self.image_size = (image_size[0], image_size[1])
+        self.target = target if target is not None and not self.same else dataset
+        self.validation = validation or dataset
+        self.image_size = (height, width)
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
-        self.episodes_per_epoch = episodes_per_epoch
-        self.val_episodes, self.test_episodes = val_episodes, test_episodes
+        self.per_epoch, self.val, self.test, self.repeats = per_epoch, val, test, repeats
         self.novel_pixels, self.workers, self.seed = novel_pixels, workers, seed
+        self.cache = Path(cache).expanduser() if cache else None
+
+    # Who is trained on, who is tested
+
+    @cached_property
+    def base_class_ids(self) -> list[int]:
+        """Of `dataset`."""
+        return self.dataset.base_classes(self.fold)
+
+    @cached_property
+    def test_class_ids(self) -> list[int]:
+        """Of `target`."""
+        if self.same:
+            return self.dataset.novel_classes(self.fold)
+        return self.target.target_classes(self.dataset, self.fold)
+
+    @cached_property
+    def val_class_ids(self) -> list[int]:
+        """Of `validation`."""
+        if self.validation.name == self.dataset.name:
+            return self.dataset.validation_classes(self.fold)
+        return self.validation.validation_classes(0)
 
     @cached_property
     def train_specs(self) -> TrainingEpisodes:
-        base = self.dataset.base_classes(self.fold)
-        images = self.dataset.images(base, "train", self.train_shot)
-        return TrainingEpisodes(images, self.train_shot, self.seed)
+        images = self.dataset.images(self.base_class_ids, "train", self.train_shot)
+        return TrainingEpisodes(images, self.train_shot, self.seed, self.dataset.balanced)
 
     @cached_property
     def test_specs(self) -> list[EpisodeSpec]:
-        images = self.dataset.images(self.novel_class_ids, "test", self.shot)
-        return draw_test_episodes(images, self.test_episodes, self.shot)
+        count = self.test or self.target.test_length
+        specs = self.target.test_episodes(self.test_class_ids, count, self.shot, self.repeats)
+        return self.all_drawn(specs, self.target, self.test_class_ids, "test")
+
+    @cached_property
+    def val_specs(self) -> list[EpisodeSpec]:
+        """Where validation and test are on the same classes, the head of the test list."""
+        count = self.val or self.validation.test_length
+        specs = self.validation.test_episodes(self.val_class_ids, count, self.shot, self.repeats)
+        return self.all_drawn(specs, self.validation, self.val_class_ids, "val")
+
+    def all_drawn(
+        self, specs: list[EpisodeSpec], dataset: FewShotDataset, class_ids: list[int], what: str
+    ) -> list[EpisodeSpec]:
+        missing = sorted(set(class_ids) - {s.class_id for s in specs})
+        if missing:
+            log.warning(
+                "%d episodes (episodes.%s) of %s leave out %d of %d classes ('%s'...), which count as 0 in mIoU.",
+                *(len(specs), what, dataset.name, len(missing), len(class_ids), dataset.classes[missing[0]]),
+            )
+        return specs
 
     @property
-    def novel_class_ids(self) -> list[int]:
-        return self.dataset.novel_classes(self.fold)
+    def base_classes(self) -> list[str]:
+        return [self.dataset.classes[c] for c in self.base_class_ids]
+
+    @property
+    def test_classes(self) -> list[str]:
+        return [self.target.classes[c] for c in self.test_class_ids]
+
+    def seen(self, names: Iterable[str], of: str) -> list[str]:
+        """Tested classes that are among those of another dataset, under the same or another name."""
+        kind = all_datasets().get(of, FewShotDataset)
+        others = {kind.common_name(name) for name in names}
+        return sorted(name for name in self.test_classes if self.target.common_name(name) in others)
 
     @property
     def provenance(self) -> dict[str, object]:
         """What a reader needs to know which episodes a number is about."""
-        names = self.dataset.classes
-        base = self.dataset.base_classes(self.fold)
-        lists = {
-            "train": {names[c]: list(self.dataset.images_of(c, "train")) for c in base},
-            "test": {names[c]: list(self.dataset.images_of(c, "test")) for c in self.novel_class_ids},
-        }
+        lists = {"train": self.train_lists, "test": lists_of(self.target, self.test_class_ids, "test")}
         return {
             "dataset": self.dataset.name,
+            "target": self.target.name,
+            "validation": self.validation.name,
             "splits": self.dataset.splits,
+            "target_splits": self.target.splits,
             "splits_sha256": json_hash(lists),
-            "novel_classes": [names[c] for c in self.novel_class_ids],
-            "base_classes": [names[c] for c in base],
+            "novel_classes": self.test_classes,
+            "base_classes": self.base_classes,
             "test_episodes": len(self.test_specs),
             "episode_list_sha256": list_hash(self.test_specs),
         }
@@ -102,12 +176,10 @@ class FewShotDataModule(L.LightningDataModule):
     @property
     def training_record(self) -> dict[str, object]:
         """What shapes a training, as plain values: goes into checkpoints."""
-        names = self.dataset.classes
-        base = self.dataset.base_classes(self.fold)
         return {
             "dataset": self.dataset.name,
-            "base_classes": [names[c] for c in base],
-            "train_lists_sha256": json_hash({names[c]: list(self.dataset.images_of(c, "train")) for c in base}),
+            "base_classes": self.base_classes,
+            "train_lists_sha256": json_hash(self.train_lists),
             "train_shot": self.train_shot,
             "image_size": list(self.image_size),
             "batch_size": self.batch_size,
@@ -115,14 +187,21 @@ class FewShotDataModule(L.LightningDataModule):
             "seed": self.seed,
         }
 
+    @property
+    def train_lists(self) -> dict[str, list[str]]:
+        return lists_of(self.dataset, self.base_class_ids, "train")
+
+    # Batches
+
     def setup(self, stage: str) -> None:
-        """Draws the lists before any image is touched, so that what is missing shows at once."""
-        _ = self.test_specs
+        """Draws the lists before any image is opened, so that what is missing shows at once."""
+        self.target.check(names_of(self.test_specs))
         if stage == "fit":
-            _ = self.train_specs
+            self.validation.check(names_of(self.val_specs))
+            self.dataset.check(names for c in self.train_specs.images.values() for names in c)
 
     def test_dataset(self) -> Episodes:
-        return Episodes(self.dataset, self.test_specs, self.image_size)
+        return Episodes(self.target, self.test_specs, self.image_size)
 
     def train_dataloader(self) -> DataLoader[Episode]:
         process, processes = self.place
@@ -130,16 +209,22 @@ class FewShotDataModule(L.LightningDataModule):
             raise DatasetError(
                 f"episodes.batch_size={self.batch_size} (over all processes) does not divide by {processes} processes."
             )
-        wanted = self.episodes_per_epoch or self.train_specs.pairs
+        wanted = self.per_epoch or self.train_specs.per_epoch
         length = -(-wanted // self.batch_size) * self.batch_size
         sampler = EpochSampler(length, self.batch_size, process, processes)
-        ignored = self.novel_class_ids if self.novel_pixels == "ignore" and self.fold != "all" else []
-        episodes = Episodes(self.dataset, self.train_specs, self.image_size, ignored)
+        novel = self.dataset.novel_classes(self.fold) if self.fold != "all" else []
+        ignored = novel if self.novel_pixels == "ignore" else []
+        every_class = range(len(self.dataset.classes))  # one cache for all folds
+        names = (n for c in every_class for n in self.dataset.images_of(c, "train"))
+        episodes = Episodes(
+            self.dataset, self.train_specs, self.image_size, ignored, self.cache_of(self.dataset, names)
+        )
         return self.loader(episodes, self.batch_size // processes, sampler, keep_workers=True)
 
     def val_dataloader(self) -> DataLoader[Episode]:
-        specs = self.test_specs[: self.val_episodes]
-        return self.eval_loader(Episodes(self.dataset, specs, self.image_size), keep_workers=True)
+        cache = self.cache_of(self.validation, names_of(self.val_specs))
+        episodes = Episodes(self.validation, self.val_specs, self.image_size, cache=cache)
+        return self.eval_loader(episodes, keep_workers=True)
 
     def test_dataloader(self) -> DataLoader[Episode]:
         return self.eval_loader(self.test_dataset(), keep_workers=False)
@@ -161,7 +246,18 @@ class FewShotDataModule(L.LightningDataModule):
             persistent_workers=keep_workers and self.workers > 0,
         )
 
+    def cache_of(self, dataset: FewShotDataset, names: Iterable[str]) -> ImageCache | None:
+        return ImageCache(self.cache, dataset, names, self.image_size) if self.cache else None
+
     @property
     def place(self) -> tuple[int, int]:
         """(this process, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def names_of(specs: list[EpisodeSpec]) -> Iterable[str]:
+    return (name for spec in specs for name in (spec.query, *spec.supports))
+
+
+def lists_of(dataset: FewShotDataset, class_ids: list[int], split: str) -> dict[str, list[str]]:
+    return {dataset.classes[c]: list(dataset.images_of(c, split)) for c in class_ids}  # type: ignore[arg-type]

@@ -78,6 +78,7 @@ class SyntheticDataset(FewShotDataset):
     """
 
     name = "synthetic"
+    domain = "drawn"
     classes = CLASSES
     folds = tuple(tuple(range(5 * fold, 5 * fold + 5)) for fold in range(4))
 

@@ -6,14 +6,13 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy.ndimage import binary_erosion
 from torch import Tensor
 
 from datamodules import Episode, FewShotDataModule
+from datamodules.show import over
 from pmnet.module import FewShotModule, TestResult
 
 matplotlib.use("Agg")
-OUTLINE = (255, 255, 60)
 
 
 def draw(folder: Path, data: FewShotDataModule, module: FewShotModule, result: TestResult, each: int) -> None:
@@ -30,7 +29,7 @@ def draw(folder: Path, data: FewShotDataModule, module: FewShotModule, result: T
         for rank, index in enumerate(indices):
             episode = episodes[index]
             pred = predict(module, episode)
-            name = data.dataset.classes[int(episode.class_id)]
+            name = data.target.classes[int(episode.class_id)]
             row = (f"{kind}: {name}, IoU {result.episode_iou[index]:.0f}", episode, pred)
             figure([row]).savefig(folder / f"{kind}-{rank}-episode{index}.png", dpi=80, bbox_inches="tight")
             rows.append(row)
@@ -66,14 +65,3 @@ def figure(rows: list[tuple[str, Episode, Tensor]]) -> Figure:
         line[0].set_xlabel(label, fontsize=9, loc="left")
     fig.tight_layout()
     return fig
-
-
-def over(image: Tensor, mask: Tensor | None) -> np.ndarray:
-    """(3, H, W) uint8 and (H, W) bool -> (H, W, 3) uint8: the mask outlined, all else darkened."""
-    picture = image.permute(1, 2, 0).numpy().copy()
-    if mask is not None:
-        inside = mask.numpy()
-        width = max(inside.shape[0] // 96, 1)
-        picture[~inside] = picture[~inside] * 0.4
-        picture[inside & ~binary_erosion(inside, iterations=width)] = OUTLINE
-    return picture

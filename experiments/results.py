@@ -22,10 +22,6 @@ from pmnet.module import TestResult
 from pmnet.network import PMNet
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy", "pillow")
-SELECTION = (
-    "the epoch with the best mIoU on validation episodes, which are the head of the test list, on the "
-    "same novel classes (the field's convention)"
-)
 
 
 def make(
@@ -40,23 +36,24 @@ def make(
     clock: dict[str, float],
 ) -> dict[str, Any]:
     """The record of a run, as plain values."""
-    names = [data.dataset.classes[c] for c in data.novel_class_ids]
+    names, trained = data.test_classes, checkpoint["record"]
     choices = HydraConfig.get().runtime.choices
     baselines = {"all_foreground": scores(result.all_foreground, names)}
     if untrained:
         baselines["untrained"] = scores(untrained.scores, names)
     return {
         "mode": cfg.mode,
-        "setting": {g: choices[g] for g in ("task", "dataset", "backbone", "model")}
+        "setting": {"target": data.target.name}
+        | {g: choices[g] for g in ("task", "dataset", "backbone", "model")}
         | {"fold": cfg.fold.index, "shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed},
         "test": scores(result.scores, names),
         "baselines": baselines,
         "episodes": data.provenance,
         "backbone": network.backbone.provenance.as_dict(),
         "parameters": {"learnable": learnable(network), "frozen": frozen(network)},
-        "checkpoint": {"path": str(ckpt), "selection": SELECTION if ckpt.name == "best.ckpt" else None},
-        "training": {"epochs": checkpoint["epoch"] + 1, "steps": checkpoint["global_step"], **checkpoint["record"]},
-        "tested_classes_seen_in_training": seen_in_training(data, checkpoint["record"]),
+        "checkpoint": {"path": str(ckpt), "selection": selection(data) if ckpt.name == "best.ckpt" else None},
+        "training": {"epochs": checkpoint["epoch"] + 1, "steps": checkpoint["global_step"], **trained},
+        "tested_classes_seen_in_training": data.seen(trained["base_classes"], trained["dataset"]),
         "seconds": {
             "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
             "test": round(clock["end"] - clock["test"], 1),
@@ -67,10 +64,12 @@ def make(
     } | origin(cfg)
 
 
-def seen_in_training(data: FewShotDataModule, record: dict[str, Any]) -> list[str]:
-    """Classes of the test that the head was trained on, where both are of one dataset."""
-    novel = [data.dataset.classes[c] for c in data.novel_class_ids]
-    return sorted(set(record["base_classes"]) & set(novel)) if record["dataset"] == data.dataset.name else []
+def selection(data: FewShotDataModule) -> str:
+    """How the best epoch was chosen."""
+    best = f"the epoch with the best mIoU on {len(data.val_specs)} validation episodes of {data.validation.name}"
+    if data.validation is data.target and data.val_class_ids == data.test_class_ids:
+        return f"{best}, which are the head of the test list, on the same novel classes (the field's convention)"
+    return f"{best}, on other classes than those of the test"
 
 
 def scores(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -122,7 +121,7 @@ def write_episodes(path: Path, data: FewShotDataModule, result: TestResult) -> N
         writer.writerow(["index", "class", "query", "supports", "iou"])
         for index, iou in sorted(result.episode_iou.items()):
             spec = data.test_specs[index]
-            name = data.dataset.classes[spec.class_id]
+            name = data.target.classes[spec.class_id]
             writer.writerow([index, name, spec.query, json.dumps(spec.supports), f"{iou:.2f}"])
 
 
@@ -130,17 +129,21 @@ def print_setting(cfg: DictConfig, data: FewShotDataModule, network: PMNet) -> N
     """What is about to run, with learnable and frozen parameters apart."""
     made = network.backbone.provenance
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    base = [data.dataset.classes[c] for c in data.dataset.base_classes(data.fold)]
-    novel = [data.dataset.classes[c] for c in data.novel_class_ids]
-    table.add_row("dataset", escape(f"{data.dataset.name}, fold {data.fold} ({data.dataset.splits})"))
-    table.add_row("base classes", shorten(base))
-    table.add_row("novel classes", shorten(novel))
+    for what, dataset in (("dataset", data.dataset), ("validation", data.validation), ("target", data.target)):
+        if what == "dataset" or dataset is not data.dataset:
+            fold = f", fold {data.fold}" if what == "dataset" else ""
+            table.add_row(what, escape(f"{dataset.name}{fold} ({dataset.splits})"))
+    table.add_row("base classes", shorten(data.base_classes))
+    table.add_row("tested classes", shorten(data.test_classes))
+    seen = data.seen(data.base_classes, data.dataset.name)
+    if seen:
+        table.add_row("of those, trained on", shorten(seen))
     table.add_row("backbone", escape(f"{made.backbone}, weights {made.weights} ({made.source})"))
     table.add_row("parameters", f"{learnable(network):,} learnable, {frozen(network):,} frozen")
     console = Console(soft_wrap=True)
     console.print(table)
-    seen = sorted(set(made.trained_on.get("classes", ())) & set(novel))
-    if seen and made.trained_on.get("dataset") == data.dataset.name:
+    seen = data.seen(made.trained_on.get("classes", ()), made.trained_on.get("dataset", ""))
+    if seen:
         warning = "[bold yellow]The backbone was trained on novel classes of this fold:[/] "
         console.print(warning + escape(", ".join(seen)))
 
@@ -154,8 +157,11 @@ def print_scores(record: dict[str, Any], folder: Path) -> None:
     setting, test = record["setting"], record["test"]
     columns = {"IoU": test} | {name.replace("_", " "): s for name, s in record["baselines"].items()}
     episodes = record["episodes"]["test_episodes"]
-    table = Table(title=f"{setting['dataset']}, fold {setting['fold']}, {setting['shot']}-shot, {episodes} episodes")
-    table.add_column("novel class")
+    between = setting["dataset"] + (
+        f" -> {setting['target']}" if record["episodes"]["target"] != record["episodes"]["dataset"] else ""
+    )
+    table = Table(title=f"{between}, fold {setting['fold']}, {setting['shot']}-shot, {episodes} episodes")
+    table.add_column("class")
     for name in columns:
         table.add_column(name, justify="right")
     for name in test["iou_per_class"]:

@@ -82,17 +82,20 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     if cfg.mode not in ("train", "test"):
         raise UserError(f"mode={cfg.mode} is not one of train, test, pretrain.")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = make_data(cfg)
+    data: FewShotDataModule = instantiate(cfg.episodes)
+    if cfg.fold.index == "all" and data.same:
+        log.warning("fold=all: every class is trained on, so the classes tested on are not novel.")
     data.setup("test" if cfg.mode == "test" else "fit")
     network: PMNet = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
     record = data.training_record if cfg.mode == "train" else {}
     module = FewShotModule(
         network,
-        data.novel_class_ids,
+        data.test_class_ids,
         instantiate(cfg.loss),
         instantiate(cfg.optimizer),
         instantiate(cfg.scheduler),
         record,
+        data.val_class_ids,
     )
     trainer = make_trainer(cfg, folder, [EpochSeed(cfg.seed), EpochLog(), *checkpoint_callbacks(folder)])
     if trainer.is_global_zero:
@@ -136,32 +139,6 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     return float(result.scores["miou"])
 
 
-def make_data(cfg: DictConfig) -> FewShotDataModule:
-    e = cfg.episodes
-    if cfg.fold.index == "all":
-        log.warning("fold=all: every class is trained on, so the classes tested on are not novel.")
-    return FewShotDataModule(
-        dataset=instantiate(cfg.dataset),
-        fold=cfg.fold.index,
-        shot=cfg.shot.k,
-        train_shot=cfg.train_shot,
-        image_size=image_size(cfg),
-        batch_size=e.batch_size,
-        test_batch_size=e.test_batch_size,
-        episodes_per_epoch=e.per_epoch,
-        val_episodes=e.val,
-        test_episodes=e.test,
-        novel_pixels=e.novel_pixels,
-        workers=e.workers,
-        seed=cfg.seed,
-    )
-
-
-def image_size(cfg: DictConfig) -> tuple[int, int]:
-    size = cfg.episodes.image_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
     trainer: L.Trainer = instantiate(
         cfg.trainer,
@@ -191,7 +168,9 @@ def pretrain(cfg: DictConfig, folder: Path) -> None:
     """Trains a backbone on the base classes' pixels; leaves `backbone.safetensors` in `folder`."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     dataset, p = instantiate(cfg.dataset), cfg.pretrain
-    pixels = BasePixels(dataset, cfg.fold.index, image_size(cfg), p.smallest_crop, cfg.seed)
+    size = cfg.episodes.image_size
+    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    pixels = BasePixels(dataset, cfg.fold.index, size, p.smallest_crop, cfg.seed)
     module = BackbonePretraining(
         instantiate(cfg.backbone), len(pixels.base) + 1, instantiate(cfg.optimizer), instantiate(p.scheduler)
     )

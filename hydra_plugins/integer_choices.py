@@ -1,7 +1,8 @@
-"""Lets integers choose from config groups: `fold=0`, `fold=0,1,2,3`, `shot=range(1,6)`.
+"""Lets integers and null choose from config groups: `fold=0`, `fold=0,1,2,3`, `shot=range(1,6)`, `target=null`.
 
 Hydra 1.3 reads `fold=0` as an int and refuses it for a group ("must be a string or a list"), while `fold='0'`
-is accepted. This is the one place where the first is read as the second. Hydra imports every module of
+is accepted; it refuses `target=null` and wants `~target`. This is the one place where the first is read as the
+second. Hydra imports every module of
 `hydra_plugins` before it composes a config, so it holds for the command line, for the jobs of a sweep under
 any launcher, and for `hydra.compose`.
 """
@@ -10,7 +11,7 @@ from functools import wraps
 
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.defaults_list import Overrides
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 
 _init = Overrides.__init__
 
@@ -21,6 +22,8 @@ def read_integers_as_names(self: Overrides, repo: IConfigRepository, overrides_l
         is_choice = not override.is_sweep_override() and repo.group_exists(override.key_or_group)
         if is_choice and type(override.value()) is int:
             override._value = str(override.value())
+        elif is_choice and override.value() is None and override.type is OverrideType.CHANGE:
+            override.type = OverrideType.DEL
     _init(self, repo, overrides_list)
 
 

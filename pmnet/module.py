@@ -41,11 +41,12 @@ class FewShotModule(L.LightningModule):
 
     Args:
         network: called with (query, support, support_masks); has a frozen `backbone` and a `head`.
-        class_ids: novel classes, over which validation and test take the mean.
+        class_ids: the classes that the test takes the mean over.
         loss: of logits (B, 2, H, W) and masks (B, H, W) int64 with 255 = ignore.
         optimizer: makes the optimiser from the head's parameters.
         scheduler: makes a schedule from the optimiser, stepped once an epoch; None keeps the rate.
         record: what the training is made of (plain values); goes into checkpoints.
+        val_class_ids: the classes that validation takes the mean over; None for those of the test.
     """
 
     def __init__(
@@ -56,11 +57,12 @@ class FewShotModule(L.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer], Any] | None = None,
         record: dict[str, Any] | None = None,
+        val_class_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.loss, self.record = network, loss, record or {}
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.val_iou = FewShotIoU(class_ids)
+        self.val_iou = FewShotIoU(class_ids if val_class_ids is None else val_class_ids)
         self.test_iou = FewShotIoU(class_ids)
         self.test_all_foreground = FewShotIoU(class_ids)  # the score of marking everything
         self.test_index, self.test_episode_iou = CatMetric(), CatMetric()

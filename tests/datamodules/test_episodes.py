@@ -12,7 +12,7 @@ from datamodules.episode import TENSORS, Episode
 from datamodules.errors import DatasetError
 from datamodules.folder import FolderDataset
 from datamodules.module import FewShotDataModule
-from datamodules.sampler import EpochSampler, TrainingEpisodes, draw_test_episodes, list_hash
+from datamodules.sampler import EpochSampler, PlainDraw, TrainingEpisodes, draw_in_turn, list_hash
 from tests.data.folder import write_indexed
 
 IMAGES = {7: [f"g{i}" for i in range(9)], 2: [f"b{i}" for i in range(4)], 5: [f"e{i}" for i in range(30)]}
@@ -23,9 +23,9 @@ SETTING = {
     "image_size": (32, 64),
     "batch_size": 4,
     "test_batch_size": 3,
-    "episodes_per_epoch": 10,
-    "val_episodes": 5,
-    "test_episodes": 11,
+    "per_epoch": 10,
+    "val": 5,
+    "test": 11,
     "novel_pixels": "background",
     "workers": 0,
     "seed": 0,
@@ -36,6 +36,10 @@ SETTING = {
 def folder(tmp_path_factory) -> FewShotDataset:
     root = write_indexed(tmp_path_factory.mktemp("episodes"), classes=6, images_per_class=3)
     return FolderDataset(str(root), folds=3, min_area=0.01)
+
+
+def drawn(images, episodes, shot, seed=0):
+    return draw_in_turn(images, episodes, shot, PlainDraw(repeats=False, seed=seed))
 
 
 def make(dataset, process=0, processes=1, **options) -> FewShotDataModule:
@@ -75,12 +79,12 @@ def test_list_is_the_same_numbers_as_the_protocol_in_plain_numpy(shot):
             if name not in [query, *supports]:
                 supports.append(name)
         expected.append([query, supports, class_id])
-    assert [e.row() for e in draw_test_episodes(IMAGES, 200, shot)] == expected
+    assert [e.row() for e in drawn(IMAGES, 200, shot)] == expected
 
 
 @pytest.mark.parametrize("shot", [1, 3])
 def test_list_takes_classes_in_turn_and_supports_apart_from_the_query(shot):
-    episodes = draw_test_episodes(IMAGES, 200, shot)
+    episodes = drawn(IMAGES, 200, shot)
     assert [e.class_id for e in episodes] == ([2, 5, 7] * 67)[:200]
     for e in episodes:
         assert len({e.query, *e.supports}) == shot + 1
@@ -88,16 +92,16 @@ def test_list_takes_classes_in_turn_and_supports_apart_from_the_query(shot):
 
 
 def test_list_depends_on_the_seed_alone():
-    episodes = draw_test_episodes(IMAGES, 50, 2)
+    episodes = drawn(IMAGES, 50, 2)
     np.random.seed(3)
     backwards = dict(reversed(IMAGES.items()))
-    assert draw_test_episodes(backwards, 50, 2) == episodes
-    assert list_hash(draw_test_episodes(IMAGES, 50, 2)) == list_hash(episodes)
-    assert list_hash(draw_test_episodes(IMAGES, 50, 2, seed=1)) != list_hash(episodes)
+    assert drawn(backwards, 50, 2) == episodes
+    assert list_hash(drawn(IMAGES, 50, 2)) == list_hash(episodes)
+    assert list_hash(drawn(IMAGES, 50, 2, seed=1)) != list_hash(episodes)
 
 
 def test_shorter_list_is_the_head_of_a_longer_one():
-    assert draw_test_episodes(IMAGES, 20, 2) == draw_test_episodes(IMAGES, 50, 2)[:20]
+    assert drawn(IMAGES, 20, 2) == drawn(IMAGES, 50, 2)[:20]
 
 
 # Training episodes
@@ -263,7 +267,7 @@ def test_each_epoch_has_its_own_training_episodes(folder):
 
 
 def test_epoch_has_one_episode_a_pair_unless_told_otherwise(folder):
-    data = make(folder, episodes_per_epoch=None, batch_size=1)
+    data = make(folder, per_epoch=None, batch_size=1)
     pairs = sum(len(folder.images_of(c, "train")) for c in folder.base_classes(0))
     assert len(data.train_dataloader()) == pairs == data.train_specs.pairs
 
@@ -277,10 +281,10 @@ def test_validation_is_the_head_of_the_test_list(folder):
 
 @pytest.mark.parametrize("processes, count", [(2, 11), (2, 10), (3, 11), (4, 2)])
 def test_processes_test_each_episode_exactly_once(folder, processes, count):
-    parts = [make(folder, p, processes, test_episodes=count) for p in range(processes)]
+    parts = [make(folder, p, processes, test=count) for p in range(processes)]
     indices = [i for data in parts for batch in data.test_dataloader() for i in batch.index.tolist()]
     assert sorted(indices) == list(range(count))
-    alone = {e.index.item(): e for e in one_by_one(make(folder, test_episodes=count).test_dataloader())}
+    alone = {e.index.item(): e for e in one_by_one(make(folder, test=count).test_dataloader())}
     assert all(same(e, alone[e.index.item()]) for data in parts for e in one_by_one(data.test_dataloader()))
 
 
@@ -295,7 +299,7 @@ def test_training_batches_of_all_processes_together_are_those_of_one(folder, pro
 
 def test_novel_pixels_are_background_as_published_or_marked_255(folder):
     def load(choice):
-        return one_by_one(make(folder, novel_pixels=choice, episodes_per_epoch=24).train_dataloader())
+        return one_by_one(make(folder, novel_pixels=choice, per_epoch=24).train_dataloader())
 
     changed = 0
     for background, ignore in zip(load("background"), load("ignore"), strict=True):

@@ -1,0 +1,1 @@
+"""Published files -> a ready folder. `python -m datamodules.prepare --help`."""

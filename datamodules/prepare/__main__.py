@@ -1,0 +1,63 @@
+"""Published files -> a ready folder.
+
+python -m datamodules.prepare pascal --source VOCtrainval_11-May-2012.tar benchmark.tgz --root data
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from datamodules.benchmark import Benchmark
+from datamodules.errors import DatasetError
+from datamodules.prepare.ready import check, prepare
+from datamodules.registry import all_datasets
+
+KINDS = {name: kind for name, kind in all_datasets().items() if issubclass(kind, Benchmark) and kind is not Benchmark}
+
+
+def arguments() -> argparse.Namespace:
+    wanted = "\n".join(f"  {name:11} {kind.obtain}" for name, kind in KINDS.items())
+    parser = argparse.ArgumentParser(
+        "python -m datamodules.prepare",
+        description="Makes ROOT/<name> from the files as published, with a manifest. Nothing is fetched "
+        "unless --download is given. An interrupted preparation is gone on with by the same command.",
+        epilog=f"what to download:\n{wanted}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=KINDS, metavar="name", help=", ".join(KINDS))
+    parser.add_argument("--source", nargs="+", type=Path, default=[], help="archives or folders, as downloaded")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="where ready folders are (default: data)")
+    parser.add_argument("--splits", type=Path, help="folder with the published lists, where they are at hand")
+    parser.add_argument("--download", action="store_true", help="fetch the published lists, and what needs no login")
+    parser.add_argument("--check", action="store_true", help="verify a prepared folder, and do nothing else")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    kind, console = KINDS[args.name], Console(soft_wrap=True)
+    ready = args.root / kind.name
+    try:
+        if args.check:
+            manifest = check(kind, ready)
+        else:
+            manifest = prepare(kind, args.source, args.root, args.splits, args.download)
+    except DatasetError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(1)
+    lines = [("ready", f"{ready.absolute()}: {manifest['counts']['pairs']:,} images with masks, all opened")]
+    lines += [("rule", rule) for rule in manifest["rules"]] + [("lists", manifest["lists"]["origin"])]
+    for name, text in lines:
+        console.print(f"[bold]{name:6}[/] {escape(text)}", highlight=False)
+    if kind.published and "; the published" not in manifest["lists"]["origin"]:
+        console.print(
+            "[bold yellow]Numbers on these lists do not compare with published ones.[/] The published lists come by "
+            "--download, or from a folder by --splits; move the ready folder away first."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Fetching what its publisher lets anybody download: resumed, verified, with progress."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from datamodules.errors import DatasetError
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file on the net.
+
+    Attributes:
+        digest: "md5:..." or "sha256:..." of the whole file; "" where none is published.
+    """
+
+    url: str
+    digest: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+
+def fetch(download: Download, folder: Path) -> Path:
+    """The file in `folder`; what an earlier attempt left is gone on with.
+
+    Raises:
+        DatasetError: no connection, the server's refusal, a file that is not the published one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, part = folder / download.name, folder / (download.name + ".part")
+    if path.exists():
+        return path
+    try:
+        receive(download.url, part)
+    except (requests.RequestException, OSError) as error:
+        kept = f" The {part.stat().st_size:,} bytes so far are kept: the same command goes on." if part.exists() else ""
+        raise DatasetError(
+            f"{download.url} cannot be fetched ({error}).{kept} Or download it by hand; give --source or --splits."
+        ) from error
+    verify(download, part)
+    part.rename(path)
+    return path
+
+
+def receive(url: str, part: Path) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"} if have else {"Accept-Encoding": "identity"}
+    with requests.get(url, stream=True, timeout=60, headers=headers) as answer:
+        if have and answer.status_code == requests.codes.requested_range_not_satisfiable:
+            return  # it is whole already
+        answer.raise_for_status()
+        resumed = answer.status_code == requests.codes.partial_content
+        have = have if resumed else 0  # a server that knows no ranges starts over
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, TimeRemainingColumn()) as progress, part.open("ab" if resumed else "wb") as file:
+            task = progress.add_task(url.rsplit("/", 1)[1], total=total, completed=have)
+            for chunk in answer.iter_content(CHUNK):
+                file.write(chunk)
+                progress.advance(task, len(chunk))
+    if total is not None and part.stat().st_size < total:
+        raise OSError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
+
+
+def verify(download: Download, part: Path) -> None:
+    kind, _, expected = download.digest.partition(":")
+    if not kind:
+        return
+    with part.open("rb") as file:
+        have = hashlib.file_digest(file, kind).hexdigest()
+    if have != expected:
+        part.unlink()
+        raise DatasetError(
+            f"{download.url} is not the published file ({kind} {have}, published {expected}); it was taken away again. "
+            "Try once more; if it stays so, the publisher has changed it."
+        )

@@ -1,0 +1,170 @@
+"""A ready folder: filled beside its place, verified, and only then put there; checked again whenever asked."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from rich.progress import track
+
+from datamodules.base import Split
+from datamodules.benchmark import Areas, Benchmark
+from datamodules.errors import DatasetError
+from datamodules.prepare.download import fetch
+from datamodules.prepare.source import Source, sha256_of
+from datamodules.sampler import json_hash
+
+VERSION = 1  # of the rules by which folders are made
+
+
+def prepare(
+    kind: type[Benchmark], sources: Sequence[Path], root: Path, splits: Path | None, download: bool
+) -> dict[str, Any]:
+    """Makes `root/<name>` and returns its manifest; one that is there and whole is left as it is.
+
+    Args:
+        sources: what was downloaded, archives or folders.
+        splits: published lists in a folder, (<splits>/<name>/... or <splits>/...), if they are at hand.
+        download: fetch what is freely to be had and not given.
+
+    Raises:
+        DatasetError: what is missing or broken; `root/<name>` is then not there, and what was done is gone on with.
+    """
+    ready, part = root / kind.name, root / f".{kind.name}.part"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{kind.name}.lock"):
+        if ready.exists():
+            return check(kind, ready)
+        if download and not sources:
+            sources = [fetch(d, root / "downloads" / kind.name) for d in kind.downloads]
+        if not sources:
+            raise DatasetError(f"{kind.title} needs --source <what you downloaded>. Wanted: {kind.obtain}")
+        source = Source(sources, kind.wanted, part / "unpacked")
+        filled = part / "ready"
+        rules = kind.fill(source, filled)
+        dataset = kind(str(filled))
+        names = dataset.found()
+        if not names:
+            raise DatasetError(f"No image with a mask in {', '.join(map(str, sources))}. Wanted: {kind.obtain}")
+        lists, origin = find_lists(dataset, splits, root if download else None, scan(dataset, names))
+        shutil.rmtree(filled / "splits", ignore_errors=True)
+        dataset.write_lists(lists, filled / "splits")
+        dataset = kind(str(filled))
+        dataset.check(listed(dataset))
+        manifest = {
+            "dataset": kind.name,
+            "title": kind.title,
+            "version": VERSION,
+            "sources": source.archives or [{"name": str(p)} for p in sources],
+            "rules": rules,
+            "lists": {"origin": origin, "sha256": json_hash(lists), "files": list_files(filled)},
+            "counts": {"pairs": len(names), "images_per_class": images_per_class(dataset)},
+            "files": files_of(filled),
+        }
+        write_manifest(manifest, filled)
+        filled.rename(ready)
+        shutil.rmtree(part)
+        return manifest
+
+
+def find_lists(dataset: Benchmark, splits: Path | None, fetch_to: Path | None, areas: Areas) -> tuple[Any, str]:
+    """(lists, where they come from): given, or fetched, or else built by the field's rule."""
+    folder, origin = splits, f"given ({splits})"
+    if folder is not None and (folder / dataset.name).is_dir():
+        folder = folder / dataset.name
+    if folder is None and fetch_to is not None and dataset.list_downloads:
+        folder = fetch_to / "downloads" / dataset.name / "splits"
+        for path, download in dataset.list_downloads.items():
+            fetch(download, (folder / path).parent)
+        origin = f"fetched ({next(iter(dataset.list_downloads.values())).url.rsplit('/', 2)[0]})"
+    if folder is None or not dataset.published:
+        return dataset.build_lists(areas), f"built: {dataset.list_rule}"
+    lists = dataset.read_lists(folder)
+    same = "the published lists" if json_hash(lists) == dataset.published else "not the published lists"
+    return lists, f"{origin}; {same}, by their sha256"
+
+
+def scan(dataset: Benchmark, names: Sequence[str]) -> Areas:
+    """Opens every image and mask, on all cores; the pixels of each class in each mask. Raises DatasetError."""
+
+    def look(name: str) -> dict[int, int]:
+        image, index = dataset.read_image(name), dataset.read_index(name)
+        if dataset.same_size and image.shape[1:] != index.shape:
+            raise DatasetError(
+                f"{dataset.image_path(name)} and {dataset.mask_path(name)} differ in size: "
+                f"{tuple(image.shape[1:])} and {tuple(index.shape)}."
+            )
+        pixels = index.flatten().bincount(minlength=256)[1:255]
+        return {c: int(pixels[c]) for c in pixels.nonzero().flatten().tolist()}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = track(pool.map(look, names), f"Verifying {dataset.name}", len(names), transient=True)
+        return dict(zip(names, found, strict=True))
+
+
+def check(kind: type[Benchmark], ready: Path) -> dict[str, Any]:
+    """Verifies a prepared folder against its manifest, and opens every file. Raises DatasetError."""
+    path = ready / "manifest.json"
+    if not ready.is_dir():
+        raise DatasetError(f"{kind.title} is not at {ready.absolute()}: prepare it, or check --root.")
+    try:
+        manifest = json.loads(path.read_text())
+        kept_files, kept_lists = manifest["files"], manifest["lists"]["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{ready.absolute()} has no manifest of a prepared folder ({path.name}: {error!r}). If not needed, move it "
+            "away and prepare it anew."
+        ) from error
+    if manifest["dataset"] != kind.name or manifest["version"] != VERSION:
+        raise DatasetError(
+            f"{ready.absolute()} was made as {manifest['dataset']}, version {manifest['version']}; this program makes "
+            f"{kind.name}, version {VERSION}. Move it away and prepare it anew."
+        )
+    for what, kept, now in (("lists", kept_lists, list_files(ready)), ("files", kept_files, files_of(ready))):
+        if kept != now:
+            raise DatasetError(
+                f"The {what} of {ready.absolute()} are not those that were prepared ({kept} then, {now} now). Move it "
+                "away and prepare it anew."
+            )
+    dataset = kind(str(ready))
+    dataset.check(listed(dataset))
+    scan(dataset, dataset.found())
+    return manifest
+
+
+def listed(dataset: Benchmark) -> set[str]:
+    """Every image that a list names."""
+    splits: tuple[Split, ...] = ("train", "test")
+    return {n for c in range(len(dataset.classes)) for s in splits for n in dataset.images_of(c, s)}
+
+
+def images_per_class(dataset: Benchmark) -> dict[str, list[int]]:
+    """Class -> [to train on, to test]."""
+    splits: tuple[Split, ...] = ("test",) if dataset.test_only else ("train", "test")
+    return {name: [len(dataset.images_of(c, s)) for s in splits] for c, name in enumerate(dataset.classes)}
+
+
+def list_files(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of each list."""
+    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted((folder / "splits").rglob("*")) if p.is_file()}
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    """Number and bytes of all files but the lists and the manifest, and a sha256 over their names and sizes."""
+    sizes: dict[str, int] = {}
+    for at, folders, files in os.walk(folder):
+        if Path(at) == folder:
+            folders.remove("splits")
+        sizes |= {os.path.relpath(path, folder): os.path.getsize(path) for path in (os.path.join(at, f) for f in files)}
+    sizes.pop("manifest.json", None)
+    return {"count": len(sizes), "bytes": sum(sizes.values()), "sha256": json_hash(sorted(sizes.items()))}
+
+
+def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
+    part = folder / "manifest.json.part"
+    part.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(part, folder / "manifest.json")
