@@ -68,7 +68,7 @@ class FewShotDataset(ABC):
 
     def of_class(self, index: Tensor, class_id: int) -> Tensor:
         """Of an index mask, the mask of one class: 1, 0, or 255 = ignore; uint8 of the same shape."""
-        return torch.where(index == IGNORE, IGNORE, (index == class_id + 1).to(torch.uint8))
+        return (index == class_id + 1).to(torch.uint8).masked_fill_(index == IGNORE, IGNORE)
 
     def check(self, names: Iterable[str]) -> None:  # noqa: B027
         """Raises DatasetError where a file of these images is missing; looks at folders, opens no image."""

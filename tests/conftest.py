@@ -35,5 +35,19 @@ def run(*overrides: str, env: dict[str, str] | None = None) -> subprocess.Comple
     )
 
 
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m <module> <arguments>` from the project's root."""
+    environment = os.environ | {"COLUMNS": "300", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+
+
 def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())

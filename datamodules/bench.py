@@ -1,0 +1,93 @@
+"""Measures how many episodes one core reads: a plain loop with Pillow, this package, and its cache, in one run.
+
+python -m datamodules.bench
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from datamodules.base import Episodes
+from datamodules.cache import ImageCache
+from datamodules.episode import EpisodeSpec
+from datamodules.folder import FolderDataset
+from datamodules.module import names_of
+from datamodules.synthetic import CLASSES, draw
+
+HEIGHT, WIDTH, SIZE, EPISODES, ROUNDS = 375, 500, (384, 384), 100, 7
+
+
+def write_images(root: Path, count: int) -> FolderDataset:
+    """Drawn images with noise as JPEGs of PASCAL's size, with index masks."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for i in track(range(count), "Drawing", transient=True):
+        image, index = draw(f"{CLASSES[i % 5]} {i:07d}", WIDTH, seed=0)
+        Image.fromarray(image[:HEIGHT]).save(root / "images" / f"{i:04d}.jpg", quality=95)
+        Image.fromarray(index[:HEIGHT]).save(root / "masks" / f"{i:04d}.png")
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    return FolderDataset(str(root), folds=4, min_area=0.01)
+
+
+def plain(root: Path, spec: EpisodeSpec) -> list[tuple[Tensor, Tensor]]:
+    """An episode as a loader without any care reads it."""
+    read = []
+    for name in (spec.query, *spec.supports):
+        image = Image.open(root / "images" / f"{name}.jpg").convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR)
+        mask = Image.open(root / "masks" / f"{name}.png").resize(SIZE[::-1], Image.Resampling.NEAREST)
+        pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+        read.append((pixels, torch.from_numpy(np.array(mask) == spec.class_id + 1)))
+    return read
+
+
+def seconds(work: dict[str, Callable[[int], object]]) -> dict[str, float]:
+    """Median seconds an episode, the ways in turn."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in track(range(ROUNDS), "Measuring", transient=True):
+        for name, read in work.items():
+            start = time.perf_counter()
+            for i in range(EPISODES):
+                read(i)
+            times[name].append((time.perf_counter() - start) / EPISODES)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m datamodules.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--shot", type=int, default=1, help="K (default: 1)")
+    shot = parser.parse_args().shot
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        dataset = write_images(root / "data", EPISODES)
+        specs = dataset.test_episodes(range(5), EPISODES, shot)
+        cached = ImageCache(root / "cache", dataset, names_of(specs), SIZE)
+        read = Episodes(dataset, specs, SIZE)
+        from_cache = Episodes(dataset, specs, SIZE, cache=cached)
+        taken = seconds(
+            {
+                "plain Pillow loop": lambda i: plain(root / "data", specs[i]),
+                "Episodes": read.__getitem__,
+                "Episodes, cached": from_cache.__getitem__,
+            }
+        )
+    table = Table(title=f"{shot}-shot episodes of {WIDTH}x{HEIGHT} JPEGs at {SIZE[0]}x{SIZE[1]}, one core")
+    for column in ("", "episodes / s", "x plain loop"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, t in taken.items():
+        table.add_row(name, f"{1 / t:.0f}", f"{taken['plain Pillow loop'] / t:.1f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
