@@ -2,7 +2,8 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -241,9 +242,22 @@ def load_image(path: Path, turn: bool = True) -> Tensor:
 
 def decode(path: Path) -> Image.Image:
     """The fully read image file. Raises DatasetError if it is missing or broken."""
-    try:
+    with one_error(path):
         image = Image.open(path)
         image.load()
+        return image
+
+
+def verify(path: Path) -> None:
+    """Raises DatasetError where a file's own checksums say that it is broken; pixels are not decoded."""
+    with one_error(path), Image.open(path) as image:
+        image.verify()
+
+
+@contextmanager
+def one_error(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise DatasetError(f"No such image: {path}") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -251,4 +265,3 @@ def decode(path: Path) -> Image.Image:
             f"{path} cannot be read ({str(error) or type(error).__name__}): truncated or no image? "
             "Replace it, or take it away."
         ) from error
-    return image

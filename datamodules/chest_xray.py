@@ -71,7 +71,7 @@ class ChestXrayDataset(Benchmark):
 
     @classmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:
-        images, masks = (source.need(name, of="archive.zip") for name in ("CXR_png", "masks"))
+        images, masks = (source.need(name, ".png", of="archive.zip") for name in ("CXR_png", "masks"))
         found = pairs(images, masks)
         place_all((images / f"{name}.png" for name in found), ready / "CXR_png", "images")
         place_all((masks / mask for mask in found.values()), ready / "masks", "masks")

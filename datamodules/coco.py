@@ -107,8 +107,8 @@ class CocoDataset(Benchmark):
 
     def write_lists(self, lists: Any, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with gzip.open(folder / "coco20i.json.gz", "wt") as file:
-            json.dump(lists, file, separators=(",", ":"))
+        text = json.dumps(lists, separators=(",", ":"))
+        (folder / "coco20i.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
     def build_lists(self, areas: Areas) -> Any:
         lists: dict[str, dict[str, list[int]]] = {part: {str(c): [] for c in range(len(CLASSES))} for part in YEARS}
@@ -135,7 +135,7 @@ class CocoDataset(Benchmark):
     def fill(cls, source: Source, ready: Path) -> list[str]:
         notes = []
         for year in YEARS.values():
-            images = place_all(source.need(year, of=f"{year}.zip").glob("*.jpg"), ready / year, year)
+            images = place_all(source.need(year, ".jpg", of=f"{year}.zip").glob("*.jpg"), ready / year, year)
             annotations = source.file(f"instances_{year}.json")
             if annotations is None:
                 raise DatasetError(f"There is no instances_{year}.json: it is part of annotations_trainval2014.zip.")

@@ -102,6 +102,6 @@ class ISICDataset(Benchmark):
 
     @classmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:
-        images = place_all(source.need(IMAGES, of=f"{IMAGES}.zip").glob("*.jpg"), ready / IMAGES, "images")
-        masks = place_all(source.need(MASKS, of=f"{MASKS}.zip").glob("*.png"), ready / MASKS, "masks")
+        images = place_all(source.need(IMAGES, ".jpg", of=f"{IMAGES}.zip").glob("*.jpg"), ready / IMAGES, "images")
+        masks = place_all(source.need(MASKS, ".png", of=f"{MASKS}.zip").glob("*.png"), ready / MASKS, "masks")
         return [f"{images} images, {masks} masks; the paper counts 2,596 images, PATNet's list 2,594"]

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.progress import track
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from datamodules.base import FewShotDataset, Fold, Split
 from datamodules.benchmark import MIN_AREA, Areas, Benchmark, stems, write_index
@@ -166,20 +167,20 @@ class PascalDataset(Benchmark):
     @classmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:
         voc, sbd = "VOC 2012 (VOCtrainval_11-May-2012.tar)", "SBD (benchmark.tgz)"
-        images = place_all(source.need("JPEGImages", of=voc).glob("*.jpg"), ready / "JPEGImages", "images")
-        to_test = source.need("ImageSets", "Segmentation", of=voc) / "val.txt"
+        images = place_all(source.need("JPEGImages", ".jpg", of=voc).glob("*.jpg"), ready / "JPEGImages", "images")
+        to_test = source.need("ImageSets/Segmentation", ".txt", of=voc) / "val.txt"
         if not to_test.is_file():
             raise DatasetError(f"There is no {to_test}: it is part of {voc}.")
         place_all([to_test], ready, "list")
         (ready / "val.txt").rename(ready / "voc_val.txt")
         masks = ready / "SegmentationClassAug"
-        whole = source.folder("SegmentationClassAug")
+        whole = next(source.folders("SegmentationClassAug", ".png"), None)
         if whole:
             count = place_all(whole.glob("*.png"), masks, "masks")
             return [f"{images} images", f"{count} masks of SegmentationClassAug as given"]
-        own = source.need("SegmentationClass", of=voc)
+        own = source.need("SegmentationClass", ".png", of=voc)
         place_all(own.glob("*.png"), masks, "VOC's masks")
-        mats = source.need("dataset", "cls", of=sbd).glob("*.mat")
+        mats = source.need("dataset/cls", ".mat", of=sbd).glob("*.mat")
         have = set(stems(own, ".png"))
         added = sorted(mat for mat in mats if mat.stem not in have)
         for mat in track(added, "Converting SBD's masks", transient=True):
@@ -191,5 +192,5 @@ def sbd_mask(path: Path) -> np.ndarray:
     """(H, W) uint8 of `GTcls.Segmentation`; SBD marks no pixels to ignore."""
     try:
         return loadmat(path)["GTcls"]["Segmentation"][0, 0].astype(np.uint8)
-    except (ValueError, KeyError, IndexError, OSError, TypeError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, OSError, TypeError, MatReadError) as error:
         raise DatasetError(f"{path} is no mask of SBD ({error}): download SBD again.") from error

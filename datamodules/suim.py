@@ -49,7 +49,7 @@ class SUIMDataset(Benchmark):
     @classmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:
         notes = []
-        for images in source.folders("images"):
+        for images in source.folders("images", ".jpg"):
             masks = images.with_name("masks")
             names = [name for name in stems(images, ".jpg") if (masks / f"{name}.bmp").is_file()]
             place_all((images / f"{name}.jpg" for name in names), ready / "images", "images")

@@ -32,7 +32,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path("data"), help="where ready folders are (default: data)")
     parser.add_argument("--splits", type=Path, help="folder with the published lists, where they are at hand")
     parser.add_argument("--download", action="store_true", help="fetch the published lists, and what needs no login")
-    parser.add_argument("--check", action="store_true", help="verify a prepared folder, and do nothing else")
+    parser.add_argument(
+        "--check", action="store_true", help="verify every file of a prepared folder, and do nothing else"
+    )
     return parser.parse_args()
 
 
@@ -48,7 +50,7 @@ def main() -> None:
     except DatasetError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
         sys.exit(1)
-    lines = [("ready", f"{ready.absolute()}: {manifest['counts']['pairs']:,} images with masks, all opened")]
+    lines = [("ready", f"{ready.absolute()}: {manifest['counts']['pairs']:,} images with masks")]
     lines += [("rule", rule) for rule in manifest["rules"]] + [("lists", manifest["lists"]["origin"])]
     for name, text in lines:
         console.print(f"[bold]{name:6}[/] {escape(text)}", highlight=False)

@@ -1,5 +1,6 @@
 """A ready folder: filled beside its place, verified, and only then put there; checked again whenever asked."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 from filelock import FileLock
 from rich.progress import track
 
-from datamodules.base import Split
+from datamodules.base import Split, verify
 from datamodules.benchmark import Areas, Benchmark
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import fetch
@@ -19,6 +20,7 @@ from datamodules.prepare.source import Source, sha256_of
 from datamodules.sampler import json_hash
 
 VERSION = 1  # of the rules by which folders are made
+MANIFEST, DIGESTS = "manifest.json", "files.sha256"
 
 
 def prepare(
@@ -61,11 +63,11 @@ def prepare(
             "version": VERSION,
             "sources": source.archives or [{"name": str(p)} for p in sources],
             "rules": rules,
-            "lists": {"origin": origin, "sha256": json_hash(lists), "files": list_files(filled)},
+            "lists": {"origin": origin, "sha256": json_hash(lists)},
             "counts": {"pairs": len(names), "images_per_class": images_per_class(dataset)},
-            "files": files_of(filled),
+            "files": write_digests(filled),
         }
-        write_manifest(manifest, filled)
+        (filled / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         filled.rename(ready)
         shutil.rmtree(part)
         return manifest
@@ -92,6 +94,8 @@ def scan(dataset: Benchmark, names: Sequence[str]) -> Areas:
     """Opens every image and mask, on all cores; the pixels of each class in each mask. Raises DatasetError."""
 
     def look(name: str) -> dict[int, int]:
+        verify(dataset.image_path(name))
+        verify(dataset.mask_path(name))
         image, index = dataset.read_image(name), dataset.read_index(name)
         if dataset.same_size and image.shape[1:] != index.shape:
             raise DatasetError(
@@ -107,32 +111,32 @@ def scan(dataset: Benchmark, names: Sequence[str]) -> Areas:
 
 
 def check(kind: type[Benchmark], ready: Path) -> dict[str, Any]:
-    """Verifies a prepared folder against its manifest, and opens every file. Raises DatasetError."""
-    path = ready / "manifest.json"
+    """Verifies every file of a prepared folder by its sha256; returns the manifest. Raises DatasetError."""
     if not ready.is_dir():
         raise DatasetError(f"{kind.title} is not at {ready.absolute()}: prepare it, or check --root.")
     try:
-        manifest = json.loads(path.read_text())
-        kept_files, kept_lists = manifest["files"], manifest["lists"]["files"]
+        manifest = json.loads((ready / MANIFEST).read_text())
+        digests = (ready / DIGESTS).read_text()
+        whole = hashlib.sha256(digests.encode()).hexdigest() == manifest["files"]["sha256"]
+        made_as = (manifest["dataset"], manifest["version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(
-            f"{ready.absolute()} has no manifest of a prepared folder ({path.name}: {error!r}). If not needed, move it "
-            "away and prepare it anew."
+            f"{ready.absolute()} has no manifest of a prepared folder ({error!r}). If not needed, move it away and "
+            "prepare it anew."
         ) from error
-    if manifest["dataset"] != kind.name or manifest["version"] != VERSION:
+    if made_as != (kind.name, VERSION):
         raise DatasetError(
-            f"{ready.absolute()} was made as {manifest['dataset']}, version {manifest['version']}; this program makes "
-            f"{kind.name}, version {VERSION}. Move it away and prepare it anew."
+            f"{ready.absolute()} was made as {made_as[0]}, version {made_as[1]}; this program makes {kind.name}, "
+            f"version {VERSION}. Move it away and prepare it anew."
         )
-    for what, kept, now in (("lists", kept_lists, list_files(ready)), ("files", kept_files, files_of(ready))):
-        if kept != now:
-            raise DatasetError(
-                f"The {what} of {ready.absolute()} are not those that were prepared ({kept} then, {now} now). Move it "
-                "away and prepare it anew."
-            )
-    dataset = kind(str(ready))
-    dataset.check(listed(dataset))
-    scan(dataset, dataset.found())
+    kept = {path: digest for digest, path in (line.split("  ", 1) for line in digests.splitlines())} if whole else {}
+    now = digests_of(ready)
+    wrong = dict.fromkeys(kept.keys() - now.keys(), "is missing") | dict.fromkeys(now.keys() - kept.keys(), "was added")
+    wrong |= {p: "was changed" for p in kept.keys() & now.keys() if kept[p] != now[p]}
+    if wrong:
+        path = min(wrong)
+        what = f"{path} {wrong[path]} ({len(wrong)} such files)" if whole else f"{DIGESTS} was changed"
+        raise DatasetError(f"{ready.absolute()} is not as it was prepared: {what}. Move it away and prepare it anew.")
     return manifest
 
 
@@ -148,23 +152,19 @@ def images_per_class(dataset: Benchmark) -> dict[str, list[int]]:
     return {name: [len(dataset.images_of(c, s)) for s in splits] for c, name in enumerate(dataset.classes)}
 
 
-def list_files(folder: Path) -> dict[str, str]:
-    """Path -> sha256 of each list."""
-    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted((folder / "splits").rglob("*")) if p.is_file()}
+def digests_of(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of every file, but for the two that hold them."""
+    paths = sorted(os.path.relpath(os.path.join(at, f), folder) for at, _, files in os.walk(folder) for f in files)
+    paths = [path for path in paths if path not in (MANIFEST, DIGESTS)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(lambda path: sha256_of(folder / path), paths)
+        return dict(zip(paths, track(digests, "Computing sha256", len(paths), transient=True), strict=True))
 
 
-def files_of(folder: Path) -> dict[str, Any]:
-    """Number and bytes of all files but the lists and the manifest, and a sha256 over their names and sizes."""
-    sizes: dict[str, int] = {}
-    for at, folders, files in os.walk(folder):
-        if Path(at) == folder:
-            folders.remove("splits")
-        sizes |= {os.path.relpath(path, folder): os.path.getsize(path) for path in (os.path.join(at, f) for f in files)}
-    sizes.pop("manifest.json", None)
-    return {"count": len(sizes), "bytes": sum(sizes.values()), "sha256": json_hash(sorted(sizes.items()))}
-
-
-def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
-    part = folder / "manifest.json.part"
-    part.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(part, folder / "manifest.json")
+def write_digests(folder: Path) -> dict[str, Any]:
+    """Writes files.sha256, as sha256sum does; returns number and bytes of the files, and its own sha256."""
+    digests = digests_of(folder)
+    text = "".join(f"{digest}  {path}\n" for path, digest in digests.items())
+    (folder / DIGESTS).write_text(text)
+    size = sum((folder / path).stat().st_size for path in digests)
+    return {"count": len(digests), "bytes": size, "sha256": hashlib.sha256(text.encode()).hexdigest()}

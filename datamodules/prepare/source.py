@@ -62,26 +62,28 @@ class Source:
             part.rename(folder)
         return folder
 
-    def folder(self, *names: str) -> Path | None:
-        """The first folder whose path ends in these names."""
-        return next(self.folders(*names), None)
-
-    def folders(self, *names: str) -> Iterator[Path]:
-        """Every folder whose path ends in these names, the outermost first."""
+    def folders(self, place: str, suffix: str) -> Iterator[Path]:
+        """Every folder with such files whose path ends in `place`, the outermost first."""
+        names = PurePosixPath(place).parts
         for root in self.roots:
-            found = [Path(at) for at, _, _ in os.walk(root) if Path(at).parts[-len(names) :] == names]
+            walk = ((Path(at), files) for at, _, files in os.walk(root))
+            found = [at for at, files in walk if at.parts[-len(names) :] == names and any_ends(files, suffix)]
             yield from sorted(found, key=lambda path: (len(path.parts), path))
 
-    def need(self, *names: str, of: str) -> Path:
-        """The folder, or a DatasetError that says where it was looked for and what it is part of."""
-        folder = self.folder(*names)
+    def need(self, place: str, suffix: str, of: str) -> Path:
+        """The first such folder, or a DatasetError that says where it was looked for and what it is part of."""
+        folder = next(self.folders(place, suffix), None)
         if folder is None:
             places = ", ".join(str(p) for p in self.paths)
-            raise DatasetError(f"There is no folder {'/'.join(names)}/ in {places}: it is part of {of}.")
+            raise DatasetError(f"There is no folder {place}/ with files *{suffix} in {places}: it is part of {of}.")
         return folder
 
     def file(self, name: str) -> Path | None:
         return next((Path(at) / name for root in self.roots for at, _, files in os.walk(root) if name in files), None)
+
+
+def any_ends(files: Sequence[str], suffix: str) -> bool:
+    return any(file.endswith(suffix) for file in files)
 
 
 def is_archive(path: Path) -> bool:

@@ -92,7 +92,7 @@ def test_another_size_list_or_image_is_another_file(root, tmp_path):
 def test_interrupted_building_leaves_nothing_as_if_whole(root, tmp_path):
     data = read(root)
     (root / "images" / "007.jpg").write_bytes(b"broken")
-    with pytest.raises(DatasetError, match="007.jpg"):
+    with pytest.raises(DatasetError, match=r"007\.jpg"):
         ImageCache(tmp_path / "cache", data, names_of(data), SIZE)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix in (".npy", ".part")]
 

@@ -1,4 +1,4 @@
-"""Published lists and the episodes drawn from them; ../shared/splits holds the lists, ../shared/golden drawn episodes."""
+"""Published lists and the episodes drawn from them, beside golden lists and the published loops."""
 
 import gzip
 import json
@@ -138,7 +138,11 @@ def test_counts_of_the_published_lists(lists):
     assert sum(len(pascal.images_of(c, "test")) for c in range(20)) == 1868
     assert [len(coco.novel_classes(f)) for f in range(4)] == [20] * 4
     assert sum(len(coco.images_of(c, s)) for c in range(80) for s in ("train", "test")) == 253064
-    assert [len(ids) for ids in (fss.base_classes(0), fss.validation_classes(0), fss.novel_classes(0))] == [520, 240, 240]
+    assert [len(ids) for ids in (fss.base_classes(0), fss.validation_classes(0), fss.novel_classes(0))] == [
+        520,
+        240,
+        240,
+    ]
     assert fss.novel_classes(0)[0] == 760
 
 

@@ -49,7 +49,7 @@ def test_wanted_files_are_unpacked_and_found(tmp_path, name):
     archive = PACK[name](tmp_path / name, {"x/images/1.jpg": b"1", "x/images/2.txt": b"2", "y/1.jpg": b"3"})
     source = Source([archive], ["*images/*.jpg"], tmp_path / "out")
     assert files_in(source.roots[0]) == {"x/images/1.jpg"}
-    assert source.need("x", "images", of="a").name == "images"
+    assert source.need("x/images", ".jpg", of="a").name == "images"
     assert source.archives == [
         {"name": name, "bytes": archive.stat().st_size, "sha256": hashlib.sha256(archive.read_bytes()).hexdigest()}
     ]
@@ -90,13 +90,13 @@ def test_damaged_byte_in_a_zip_is_found(tmp_path):
 
 
 def test_wrong_source_is_said(tmp_path):
-    with pytest.raises(DatasetError, match="There is no .*nowhere: check --source"):
+    with pytest.raises(DatasetError, match=r"There is no .*nowhere: check --source"):
         Source([tmp_path / "nowhere"], ["*"], tmp_path / "out")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DatasetError, match=r"neither a folder nor an archive"):
         Source([tmp_path / "a.txt"], ["*"], tmp_path / "out")
-    with pytest.raises(DatasetError, match=r"no folder JPEGImages/ in .* part of VOC"):
-        Source([tmp_path], ["*"], tmp_path / "out").need("JPEGImages", of="VOC")
+    with pytest.raises(DatasetError, match=r"no folder JPEGImages/ with files .* in .* part of VOC"):
+        Source([tmp_path], ["*"], tmp_path / "out").need("JPEGImages", ".jpg", of="VOC")
 
 
 def test_placing_leaves_whole_files(tmp_path):
@@ -134,7 +134,7 @@ def test_pickles_with_a_global_are_refused(tmp_path, value, capsys):
 def test_truncated_pickle_is_said(tmp_path):
     path = tmp_path / "fold0.pkl"
     path.write_bytes(pickle.dumps({0: ["a"] * 9})[:-7])
-    with pytest.raises(DatasetError, match="fold0.pkl is not read"):
+    with pytest.raises(DatasetError, match=r"fold0.pkl is not read"):
         read_pickle(path)
 
 
