@@ -1,6 +1,8 @@
 """mIoU and FB-IoU of few-shot segmentation, as the field's published evaluator counts them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +60,17 @@ class FewShotIoU(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Percentages: "miou" and "fb_iou" scalars, "iou_per_class" in the order of `class_ids`."""
         return self.running()
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """torchmetrics makes a scalar of a tensor with one element, and so of the IoUs of a single class."""
+        wrapped = super()._wrap_compute(compute)
+
+        @wraps(wrapped)
+        def keep_axis() -> dict[str, Tensor]:
+            scores = wrapped()
+            return scores | {"iou_per_class": scores["iou_per_class"].reshape(-1)}
+
+        return keep_axis
 
     def running(self) -> dict[str, Tensor]:
         """As `compute`, of this process's episodes so far, without waiting for the others."""

@@ -120,7 +120,7 @@ class FewShotModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Leaves `test_result`, the same on every process, for the runner to write down."""
         scores, all_foreground = self.test_iou.compute(), self.test_all_foreground.compute()
-        index, iou = self.test_index.compute(), self.test_episode_iou.compute()
+        index, iou = (metric.compute().reshape(-1) for metric in (self.test_index, self.test_episode_iou))
         self.log_dict({"test/miou": scores["miou"], "test/fb_iou": scores["fb_iou"]})
         self.test_result = TestResult(
             scores={name: value.tolist() for name, value in scores.items()},
