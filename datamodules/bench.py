@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from datamodules.cache import ImageCache
 from datamodules.episode import EpisodeSpec
 from datamodules.folder import FolderDataset
 from datamodules.module import names_of
+from datamodules.progress import track
 from datamodules.synthetic import CLASSES, draw
 
 HEIGHT, WIDTH, SIZE, EPISODES, ROUNDS = 375, 500, (384, 384), 100, 7
@@ -31,7 +31,7 @@ def write_images(root: Path, count: int) -> FolderDataset:
     """Drawn images with noise as JPEGs of PASCAL's size, with index masks."""
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True)
-    for i in track(range(count), "Drawing", transient=True):
+    for i in track(range(count), "Drawing"):
         image, index = draw(f"{CLASSES[i % 5]} {i:07d}", WIDTH, seed=0)
         Image.fromarray(image[:HEIGHT]).save(root / "images" / f"{i:04d}.jpg", quality=95)
         Image.fromarray(index[:HEIGHT]).save(root / "masks" / f"{i:04d}.png")
@@ -53,7 +53,7 @@ def plain(root: Path, spec: EpisodeSpec) -> list[tuple[Tensor, Tensor]]:
 def seconds(work: dict[str, Callable[[int], object]]) -> dict[str, float]:
     """Median seconds an episode, the ways in turn."""
     times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in track(range(ROUNDS), "Measuring", transient=True):
+    for _ in track(range(ROUNDS), "Measuring"):
         for name, read in work.items():
             start = time.perf_counter()
             for i in range(EPISODES):

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from rich.progress import track
 from torch import Tensor
 
 from datamodules.base import FewShotDataset, resized
 from datamodules.errors import DatasetError
+from datamodules.progress import track
 
 log = logging.getLogger(__name__)
 Pair = tuple[Tensor, Tensor]
@@ -69,7 +69,7 @@ class ImageCache(Mapping[str, Pair]):
                 rows[i, :3], rows[i, 3] = image, index
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(track(pool.map(fill, range(len(rows))), f"Caching {dataset.name}", len(rows), transient=True))
+                list(track(pool.map(fill, range(len(rows))), f"Caching {dataset.name}", len(rows)))
             rows.flush()
             os.replace(part, self.path)
         finally:

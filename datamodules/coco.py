@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle
-from rich.progress import track
 
 from datamodules.base import Split
 from datamodules.benchmark import MIN_AREA, Areas, Benchmark, stems, write_index
@@ -34,6 +33,7 @@ from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
 from datamodules.prepare.lists import hsnet, read_pickle
 from datamodules.prepare.source import Source, place_all
+from datamodules.progress import track
 from datamodules.sampler import Draw, Names, draw_any_class
 
 CLASSES = (
@@ -162,9 +162,7 @@ def paint(annotations: Path, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     chunks = [jobs[i : i + 200] for i in range(0, len(jobs), 200)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for _ in track(
-            pool.map(partial(paint_images, folder), chunks), f"Painting {folder.name}", len(chunks), transient=True
-        ):
+        for _ in track(pool.map(partial(paint_images, folder), chunks), f"Painting {folder.name}", len(chunks)):
             pass
     return len(jobs)
 

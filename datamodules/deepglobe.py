@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from datamodules.base import decode
 from datamodules.benchmark import Areas, Benchmark, stems, write_index
 from datamodules.errors import DatasetError
 from datamodules.prepare.source import Source
+from datamodules.progress import track
 
 GRID = 6
 SMALLEST_SHARE = 0.048
@@ -73,7 +73,7 @@ class DeepglobeDataset(Benchmark):
             raise DatasetError(f"No <id>_mask.png in {', '.join(map(str, source.paths))}. Wanted: {cls.obtain}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = pool.map(partial(cut, ready), *zip(*sorted(masks.items()), strict=True))
-            kept = sum(track(jobs, "Cutting tiles", len(masks), transient=True))
+            kept = sum(track(jobs, "Cutting tiles", len(masks)))
         return [
             f"{len(masks)} images cut into {GRID}x{GRID} tiles",
             f"tiles of one colour, or with a colour under {SMALLEST_SHARE:.1%}, left out (unknown is a colour)",

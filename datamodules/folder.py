@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from datamodules.base import FewShotDataset, Split, decode, load_image
 from datamodules.episode import IGNORE
 from datamodules.errors import DatasetError
+from datamodules.progress import track
 from datamodules.sampler import json_hash
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -124,7 +124,7 @@ class FolderDataset(FewShotDataset):
         """For each split and class, the names of the images that show it; reads and checks every file."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = pool.map(self.classes_in, self.files)
-            shown = list(track(found, f"Reading {self.root.name}", len(self.files), transient=True))
+            shown = list(track(found, f"Reading {self.root.name}", len(self.files)))
         held_out = set(self.last_names(test_fraction))
         names: dict[Split, list[list[str]]] = {s: [[] for _ in self.classes] for s in ("train", "test")}
         for name, class_ids in zip(self.files, shown, strict=True):

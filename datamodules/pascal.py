@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.progress import track
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
@@ -31,6 +30,7 @@ from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
 from datamodules.prepare.lists import hsnet
 from datamodules.prepare.source import Source, place_all
+from datamodules.progress import track
 from datamodules.sampler import Draw, Names, draw_listed
 
 CLASSES = (
@@ -183,7 +183,7 @@ class PascalDataset(Benchmark):
         mats = source.need("dataset/cls", ".mat", of=sbd).glob("*.mat")
         have = set(stems(own, ".png"))
         added = sorted(mat for mat in mats if mat.stem not in have)
-        for mat in track(added, "Converting SBD's masks", transient=True):
+        for mat in track(added, "Converting SBD's masks"):
             write_index(sbd_mask(mat), masks / f"{mat.stem}.png")
         return [f"{images} images", f"{len(have)} masks of VOC 2012", f"{len(added)} masks of SBD, where VOC has none"]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import requests
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from datamodules.errors import DatasetError
@@ -61,8 +62,12 @@ def receive(url: str, part: Path) -> None:
         have = have if resumed else 0  # a server that knows no ranges starts over
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            console.print(f"Fetching {url}" + (f" ({total / 1e6:,.0f} MB)" if total else ""), highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, TimeRemainingColumn()) as progress, part.open("ab" if resumed else "wb") as file:
+        bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        with bar as progress, part.open("ab" if resumed else "wb") as file:
             task = progress.add_task(url.rsplit("/", 1)[1], total=total, completed=have)
             for chunk in answer.iter_content(CHUNK):
                 file.write(chunk)

@@ -7,8 +7,8 @@ from typing import Any
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
 
-HSNET = "https://raw.githubusercontent.com/juhongm999/hsnet/6b1bc12/data/splits"
-PATNET = "https://raw.githubusercontent.com/slei109/PATNet/0155c5fe9212f46ce98c6c32c495008e92bb4795/data"
+HSNET = "https://github.com/juhongm999/hsnet/raw/6b1bc12/data/splits"
+PATNET = "https://github.com/slei109/PATNet/raw/0155c5fe9212f46ce98c6c32c495008e92bb4795/data"
 
 
 def hsnet(path: str) -> Download:

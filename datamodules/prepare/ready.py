@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from rich.progress import track
 
 from datamodules.base import Split, verify
 from datamodules.benchmark import Areas, Benchmark
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import fetch
 from datamodules.prepare.source import Source, sha256_of
+from datamodules.progress import track
 from datamodules.sampler import json_hash
 
 VERSION = 1  # of the rules by which folders are made
@@ -106,7 +106,7 @@ def scan(dataset: Benchmark, names: Sequence[str]) -> Areas:
         return {c: int(pixels[c]) for c in pixels.nonzero().flatten().tolist()}
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = track(pool.map(look, names), f"Verifying {dataset.name}", len(names), transient=True)
+        found = track(pool.map(look, names), f"Verifying {dataset.name}", len(names))
         return dict(zip(names, found, strict=True))
 
 
@@ -158,7 +158,7 @@ def digests_of(folder: Path) -> dict[str, str]:
     paths = [path for path in paths if path not in (MANIFEST, DIGESTS)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(lambda path: sha256_of(folder / path), paths)
-        return dict(zip(paths, track(digests, "Computing sha256", len(paths), transient=True), strict=True))
+        return dict(zip(paths, track(digests, "Computing sha256", len(paths)), strict=True))
 
 
 def write_digests(folder: Path) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rich.progress import track
-
 from datamodules.errors import DatasetError
+from datamodules.progress import track
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError)
@@ -112,7 +111,7 @@ def unzip(archive: Path, wanted: Sequence[str], folder: Path) -> None:
 
 def untar(archive: Path, wanted: Sequence[str], folder: Path) -> None:
     with tarfile.open(archive) as file:  # one pass: a compressed archive cannot be read out of order
-        for member in track(file, f"Unpacking {archive.name}", total=None, transient=True):
+        for member in track(file, f"Unpacking {archive.name}", total=None):
             inside(archive, member.name)
             if member.isfile() and any(fnmatch(member.name, pattern) for pattern in wanted):
                 file.extract(member, folder, filter="data")
@@ -122,7 +121,7 @@ def chosen(archive: Path, names: Sequence[str], wanted: Sequence[str]) -> Iterab
     for name in names:
         inside(archive, name)
     good = [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
-    return track(good, f"Unpacking {archive.name}", transient=True)
+    return track(good, f"Unpacking {archive.name}")
 
 
 def inside(archive: Path, name: str) -> None:
@@ -148,7 +147,7 @@ def place(file: Path, to: Path) -> None:
 def place_all(files: Iterable[Path], folder: Path, what: str) -> int:
     """Puts files into a folder under their own names; returns their number."""
     files = list(files)
-    for file in track(files, f"Placing {what}", transient=True):
+    for file in track(files, f"Placing {what}"):
         place(file, folder / file.name)
     return len(files)
 
