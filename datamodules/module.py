@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import Episodes, FewShotDataset, Fold
 from datamodules.cache import ImageCache
-from datamodules.episode import Episode, EpisodeSpec
+from datamodules.episode import IGNORE, Episode, EpisodeSpec
 from datamodules.errors import DatasetError
 from datamodules.registry import all_datasets
 from datamodules.sampler import EpochSampler, TrainingEpisodes, json_hash, list_hash
@@ -159,13 +159,13 @@ class FewShotDataModule(L.LightningDataModule):
     @property
     def provenance(self) -> dict[str, object]:
         """What a reader needs to know which episodes a number is about."""
-        lists = {"train": self.train_lists, "test": lists_of(self.target, self.test_class_ids, "test")}
+        lists = {"test": lists_of(self.target, self.test_class_ids, "test")}
+        lists |= {"train": self.train_lists} if self.same else {}
         return {
             "dataset": self.dataset.name,
             "target": self.target.name,
             "validation": self.validation.name,
-            "splits": self.dataset.splits,
-            "target_splits": self.target.splits,
+            "splits": self.target.splits,
             "splits_sha256": json_hash(lists),
             "novel_classes": self.test_classes,
             "base_classes": self.base_classes,
@@ -179,12 +179,19 @@ class FewShotDataModule(L.LightningDataModule):
         return {
             "dataset": self.dataset.name,
             "base_classes": self.base_classes,
+            "splits": self.dataset.splits,
             "train_lists_sha256": json_hash(self.train_lists),
             "train_shot": self.train_shot,
             "image_size": list(self.image_size),
             "batch_size": self.batch_size,
             "novel_pixels": self.novel_pixels,
             "seed": self.seed,
+            "validation": {
+                "dataset": self.validation.name,
+                "classes": [self.validation.classes[c] for c in self.val_class_ids],
+                "episodes": len(self.val_specs),
+                "episode_list_sha256": list_hash(self.val_specs),
+            },
         }
 
     @property
@@ -213,7 +220,8 @@ class FewShotDataModule(L.LightningDataModule):
         length = -(-wanted // self.batch_size) * self.batch_size
         sampler = EpochSampler(length, self.batch_size, process, processes)
         novel = self.dataset.novel_classes(self.fold) if self.fold != "all" else []
-        ignored = novel if self.novel_pixels == "ignore" else []
+        one_class = len(self.dataset.classes) >= IGNORE  # FSS-1000: more classes than values, so a mask knows its own
+        ignored = novel if self.novel_pixels == "ignore" and not one_class else []
         every_class = range(len(self.dataset.classes))  # one cache for all folds
         names = (n for c in every_class for n in self.dataset.images_of(c, "train"))
         episodes = Episodes(

@@ -30,6 +30,11 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.dataset, self.seed = dataset, seed
         self.base = dataset.base_classes(fold)
+        if len(dataset.classes) >= IGNORE:
+            raise DatasetError(
+                f"A mask of {dataset.name} knows one class alone, so a backbone cannot be taught its pixels: choose "
+                "another dataset for mode=pretrain."
+            )
         images = dataset.images(self.base, "train", 0)
         self.names = sorted({name for names in images.values() for name in names})
         self.augment = v2.Compose(

@@ -51,7 +51,10 @@ def make(
         "episodes": data.provenance,
         "backbone": network.backbone.provenance.as_dict(),
         "parameters": {"learnable": learnable(network), "frozen": frozen(network)},
-        "checkpoint": {"path": str(ckpt), "selection": selection(data) if ckpt.name == "best.ckpt" else None},
+        "checkpoint": {
+            "path": str(ckpt),
+            "selection": selection(trained["validation"], data) if ckpt.name == "best.ckpt" else None,
+        },
         "training": {"epochs": checkpoint["epoch"] + 1, "steps": checkpoint["global_step"], **trained},
         "tested_classes_seen_in_training": data.seen(trained["base_classes"], trained["dataset"]),
         "seconds": {
@@ -64,10 +67,10 @@ def make(
     } | origin(cfg)
 
 
-def selection(data: FewShotDataModule) -> str:
+def selection(validation: dict[str, Any], data: FewShotDataModule) -> str:
     """How the best epoch was chosen."""
-    best = f"the epoch with the best mIoU on {len(data.val_specs)} validation episodes of {data.validation.name}"
-    if data.validation is data.target and data.val_class_ids == data.test_class_ids:
+    best = f"the epoch with the best mIoU on {validation['episodes']} validation episodes of {validation['dataset']}"
+    if (validation["dataset"], validation["classes"]) == (data.target.name, data.test_classes):
         return f"{best}, which are the head of the test list, on the same novel classes (the field's convention)"
     return f"{best}, on other classes than those of the test"
 
@@ -132,7 +135,8 @@ def print_setting(cfg: DictConfig, data: FewShotDataModule, network: PMNet) -> N
     for what, dataset in (("dataset", data.dataset), ("validation", data.validation), ("target", data.target)):
         if what == "dataset" or dataset is not data.dataset:
             fold = f", fold {data.fold}" if what == "dataset" else ""
-            table.add_row(what, escape(f"{dataset.name}{fold} ({dataset.splits})"))
+            lists = f" ({dataset.splits})" if cfg.mode == "train" or dataset is data.target else ""
+            table.add_row(what, escape(f"{dataset.name}{fold}{lists}"))
     table.add_row("base classes", shorten(data.base_classes))
     table.add_row("tested classes", shorten(data.test_classes))
     seen = data.seen(data.base_classes, data.dataset.name)

@@ -124,6 +124,8 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
             raise UserError("mode=test needs the checkpoint to test: ckpt=/path/to/best.ckpt, or its run's folder.")
     checkpoint = read_checkpoint(best)
     module.check_checkpoint(checkpoint)
+    if cfg.mode == "test" and not data.same:
+        check_trained_on(checkpoint["record"], data)
     if cfg.mode == "train":  # a training that ended before its first validation may stand beside an older best
         check_same_training(best, checkpoint, record)
     clock["test"] = time.time()
@@ -137,6 +139,16 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         panels.draw(folder / "predictions", data, module.to(trainer.strategy.root_device), result, cfg.panels)
         results.print_scores(summary, folder)
     return float(result.scores["miou"])
+
+
+def check_trained_on(record: dict[str, Any], data: FewShotDataModule) -> None:
+    """Raises UserError where a checkpoint that is tested on another dataset was not trained as the config says."""
+    if (record["dataset"], record["base_classes"]) != (data.dataset.name, data.base_classes):
+        raise UserError(
+            f"The checkpoint was trained on {record['dataset']}, {len(record['base_classes'])} classes "
+            f"({', '.join(record['base_classes'][:5])}, ...), but dataset={data.dataset.name} fold={data.fold} "
+            f"stands for {len(data.base_classes)} classes. Choose the dataset and the fold that it was trained on."
+        )
 
 
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:

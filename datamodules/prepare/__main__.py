@@ -47,9 +47,12 @@ def main() -> None:
             manifest = check(kind, ready)
         else:
             manifest = prepare(kind, args.source, args.root, args.splits, args.download)
-    except DatasetError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+    except (DatasetError, OSError) as error:  # of the disk: full, read-only
+        again = "" if isinstance(error, DatasetError) else ". Once that is mended, the same command goes on."
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error) + again)}", highlight=False)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("Interrupted: the same command goes on.")
     lines = [("ready", f"{ready.absolute()}: {manifest['counts']['pairs']:,} images with masks")]
     lines += [("rule", rule) for rule in manifest["rules"]] + [("lists", manifest["lists"]["origin"])]
     for name, text in lines:

@@ -87,6 +87,11 @@ def find_lists(dataset: Benchmark, splits: Path | None, fetch_to: Path | None, a
         return dataset.build_lists(areas), f"built: {dataset.list_rule}"
     lists = dataset.read_lists(folder)
     same = "the published lists" if json_hash(lists) == dataset.published else "not the published lists"
+    if splits is None and json_hash(lists) != dataset.published:
+        raise DatasetError(
+            f"The lists in {folder} are not the published ones (sha256 {json_hash(lists)[:12]}, published "
+            f"{dataset.published[:12]}). Take that folder away and try again, or give the lists by --splits."
+        )
     return lists, f"{origin}; {same}, by their sha256"
 
 

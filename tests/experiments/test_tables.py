@@ -70,17 +70,23 @@ def test_classes_of_coco_that_pascal_shares_are_shown(data, tmp_path):
 
 @pytest.mark.slow
 def test_trained_network_is_tested_on_another_target_and_shot(data, tmp_path):
-    setting = ["backbone=small", *TINY, f"data={data}"]
-    first = run("task=cross_domain", "target=suim", *setting, f"hydra.run.dir={tmp_path / 'first'}")
+    """Where nothing but the other target's files are at hand."""
+    setting = ["backbone=small", *TINY]
+    first = run("task=cross_domain", "target=suim", *setting, f"data={data}", f"hydra.run.dir={tmp_path / 'first'}")
     assert first.returncode == 0, first.stderr
-    again = ["mode=test", f"ckpt={tmp_path / 'first'}", "task=cross_domain", "shot=5", "target=chest_xray"]
-    done = run(*again, *setting, f"hydra.run.dir={tmp_path / 'second'}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "chest_xray").symlink_to(data / "chest_xray")
+    setting += ["mode=test", f"ckpt={tmp_path / 'first'}", "task=cross_domain", f"data={tmp_path / 'data'}"]
+    done = run(*setting, "shot=5", "target=chest_xray", f"hydra.run.dir={tmp_path / 'second'}")
     assert done.returncode == 0, done.stderr
     a, b = results(tmp_path / "first"), results(tmp_path / "second")
     assert a["training"] == b["training"]
     assert (b["setting"]["target"], b["setting"]["shot"]) == ("chest_xray", 5)
     assert list(b["test"]["iou_per_class"]) == ["lung"]
     assert "pascal -> chest_xray" in done.stdout
+    done = run(*setting, "fold=1", "target=chest_xray", f"hydra.run.dir={tmp_path / 'third'}")
+    assert done.returncode == 1
+    assert "was trained on pascal, 20 classes" in done.stderr
 
 
 def test_headers_give_the_command_and_the_published_numbers():
