@@ -4,7 +4,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as TF
 
 from datamodules.episode import IGNORE, Episode, EpisodeSpec
 from datamodules.errors import DatasetError
@@ -218,13 +217,12 @@ def resized(dataset: FewShotDataset, name: str, size: tuple[int, int]) -> tuple[
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, antialiased: (3, h, w) uint8 -> (3, H, W) uint8."""
-    return TF.resize(image, list(size), antialias=True)
+    return interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Nearest: (h, w) uint8 -> (H, W) uint8."""
-    nearest = partial(TF.resize, interpolation=TF.InterpolationMode.NEAREST)
-    return nearest(mask[None], list(size))[0]
+    return interpolate(mask[None, None], size, mode="nearest")[0, 0]
 
 
 def load_image(path: Path, turn: bool = True) -> Tensor:

@@ -19,7 +19,7 @@ from datamodules.base import FewShotDataset, Split, decode, load_image
 from datamodules.episode import IGNORE, EpisodeSpec
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
-from datamodules.prepare.source import Source
+from datamodules.prepare.source import Source, visible
 from datamodules.sampler import Draw, Names, draw_in_turn, json_hash
 
 MIN_AREA = 2 * 32 * 32  # pixels of the original mask that a class covers in an image that counts for it
@@ -43,7 +43,7 @@ class Benchmark(FewShotDataset):
         list_downloads: published lists, by the file's place under the lists' folder.
         published: sha256 of the published lists as JSON; None where none are published.
         list_rule: how lists are built where the published ones are not to be had.
-        same_size: whether an image and its mask have one size in the published files.
+        same_size: whether a mask of another size than its image's is an error; else it is noted, and resized apart.
     """
 
     title: ClassVar[str]
@@ -53,7 +53,7 @@ class Benchmark(FewShotDataset):
     list_downloads: ClassVar[dict[str, Download]] = {}
     published: ClassVar[str | None] = None
     list_rule: ClassVar[str] = f"the images of each class where it covers {MIN_AREA:,} pixels of the mask"
-    same_size: ClassVar[bool] = True
+    same_size: ClassVar[bool] = False
     test_only = True
     folds: Sequence[Sequence[int]] = ()
     test_length = 600
@@ -203,7 +203,7 @@ def binary_mask(path: Path) -> Tensor:
 
 def stems(folder: Path, suffix: str) -> list[str]:
     """Names without the suffix, sorted."""
-    return sorted(p.name[: -len(suffix)] for p in folder.glob(f"*{suffix}"))
+    return sorted(p.name[: -len(suffix)] for p in visible(folder, suffix))
 
 
 def write_index(index: np.ndarray, path: Path) -> None:

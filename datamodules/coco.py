@@ -32,7 +32,7 @@ from datamodules.episode import EpisodeSpec
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
 from datamodules.prepare.lists import hsnet, read_pickle
-from datamodules.prepare.source import Source, place_all
+from datamodules.prepare.source import Source, place_all, visible
 from datamodules.progress import track
 from datamodules.sampler import Draw, Names, draw_any_class
 
@@ -55,6 +55,7 @@ class CocoDataset(Benchmark):
     domain = "natural"
     balanced = True  # as published: classes have from 53 to 40,118 images
     test_length = 1000
+    same_size = True
     classes = tuple(CLASSES)
     folds = tuple(range(fold, 80, 4) for fold in range(4))
     obtain = (
@@ -135,8 +136,8 @@ class CocoDataset(Benchmark):
     def fill(cls, source: Source, ready: Path) -> list[str]:
         notes = []
         for year in YEARS.values():
-            images = place_all(source.need(year, ".jpg", of=f"{year}.zip").glob("*.jpg"), ready / year, year)
-            annotations = source.file(f"instances_{year}.json")
+            images = place_all(visible(source.need(year, ".jpg", of=f"{year}.zip"), ".jpg"), ready / year, year)
+            annotations = next(source.files(f"instances_{year}.json"), None)
             if annotations is None:
                 raise DatasetError(f"There is no instances_{year}.json: it is part of annotations_trainval2014.zip.")
             masks = paint(annotations, ready / "annotations" / year)

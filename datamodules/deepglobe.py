@@ -68,7 +68,7 @@ class DeepglobeDataset(Benchmark):
 
     @classmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:
-        masks = {p.name.removesuffix("_mask.png"): p for root in source.roots for p in sorted(root.rglob("*_mask.png"))}
+        masks = {p.name.removesuffix("_mask.png"): p for p in sorted(source.files("_mask.png"))}
         if not masks:
             raise DatasetError(f"No <id>_mask.png in {', '.join(map(str, source.paths))}. Wanted: {cls.obtain}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -71,7 +71,7 @@ class FSSDataset(Benchmark):
 
     @classmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:
-        classes = {p.parent.name: p.parent for root in source.roots for p in sorted(root.rglob("1.jpg"))}
+        classes = {p.parent.name: p.parent for p in sorted(source.files("1.jpg")) if p.name == "1.jpg"}
         if not classes:
             raise DatasetError(f"No folder <class>/1.jpg in {', '.join(map(str, source.paths))}. Wanted: {cls.obtain}")
         for name, folder in classes.items():

@@ -23,7 +23,7 @@ from datamodules.base import Split
 from datamodules.benchmark import Areas, Benchmark, binary_mask, stems
 from datamodules.errors import DatasetError
 from datamodules.prepare.lists import patnet
-from datamodules.prepare.source import Source, place_all
+from datamodules.prepare.source import Source, place_all, visible
 from datamodules.sampler import Names
 
 IMAGES, MASKS = "ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"
@@ -102,6 +102,6 @@ class ISICDataset(Benchmark):
 
     @classmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:
-        images = place_all(source.need(IMAGES, ".jpg", of=f"{IMAGES}.zip").glob("*.jpg"), ready / IMAGES, "images")
-        masks = place_all(source.need(MASKS, ".png", of=f"{MASKS}.zip").glob("*.png"), ready / MASKS, "masks")
+        images = place_all(visible(source.need(IMAGES, ".jpg", of=f"{IMAGES}.zip"), ".jpg"), ready / IMAGES, "images")
+        masks = place_all(visible(source.need(MASKS, ".png", of=f"{MASKS}.zip"), ".png"), ready / MASKS, "masks")
         return [f"{images} images, {masks} masks; the paper counts 2,596 images, PATNet's list 2,594"]

@@ -29,7 +29,7 @@ from datamodules.episode import EpisodeSpec
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
 from datamodules.prepare.lists import hsnet
-from datamodules.prepare.source import Source, place_all
+from datamodules.prepare.source import Source, place_all, visible
 from datamodules.progress import track
 from datamodules.sampler import Draw, Names, draw_listed
 
@@ -54,6 +54,7 @@ class PascalDataset(Benchmark):
     domain = "natural"
     tested_after = ("coco",)
     test_length = 1000
+    same_size = True
     classes = tuple(CLASSES)
     folds = tuple(range(5 * fold, 5 * fold + 5) for fold in range(4))
     synonyms = {
@@ -167,7 +168,7 @@ class PascalDataset(Benchmark):
     @classmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:
         voc, sbd = "VOC 2012 (VOCtrainval_11-May-2012.tar)", "SBD (benchmark.tgz)"
-        images = place_all(source.need("JPEGImages", ".jpg", of=voc).glob("*.jpg"), ready / "JPEGImages", "images")
+        images = place_all(visible(source.need("JPEGImages", ".jpg", of=voc), ".jpg"), ready / "JPEGImages", "images")
         to_test = source.need("ImageSets/Segmentation", ".txt", of=voc) / "val.txt"
         if not to_test.is_file():
             raise DatasetError(f"There is no {to_test}: it is part of {voc}.")
@@ -176,13 +177,13 @@ class PascalDataset(Benchmark):
         masks = ready / "SegmentationClassAug"
         whole = next(source.folders("SegmentationClassAug", ".png"), None)
         if whole:
-            count = place_all(whole.glob("*.png"), masks, "masks")
+            count = place_all(visible(whole, ".png"), masks, "masks")
             return [f"{images} images", f"{count} masks of SegmentationClassAug as given"]
         own = source.need("SegmentationClass", ".png", of=voc)
-        place_all(own.glob("*.png"), masks, "VOC's masks")
-        mats = source.need("dataset/cls", ".mat", of=sbd).glob("*.mat")
+        place_all(visible(own, ".png"), masks, "VOC's masks")
+        mats = visible(source.need("dataset/cls", ".mat", of=sbd), ".mat")
         have = set(stems(own, ".png"))
-        added = sorted(mat for mat in mats if mat.stem not in have)
+        added = [mat for mat in mats if mat.stem not in have]
         for mat in track(added, "Converting SBD's masks"):
             write_index(sbd_mask(mat), masks / f"{mat.stem}.png")
         return [f"{images} images", f"{len(have)} masks of VOC 2012", f"{len(added)} masks of SBD, where VOC has none"]

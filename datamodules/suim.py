@@ -29,7 +29,6 @@ class SUIMDataset(Benchmark):
     title = "SUIM"
     domain = "underwater"
     classes = tuple(CLASSES)
-    same_size = False  # a few masks have another size than their image
     obtain = "train_val.zip and TEST.zip, by the link at https://irvlab.cs.umn.edu/resources/suim-dataset."
     wanted = ("*images/*.jpg", "*masks/*.bmp")
 

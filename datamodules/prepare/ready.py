@@ -52,7 +52,10 @@ def prepare(
         names = dataset.found()
         if not names:
             raise DatasetError(f"No image with a mask in {', '.join(map(str, sources))}. Wanted: {kind.obtain}")
-        lists, origin = find_lists(dataset, splits, root if download else None, scan(dataset, names))
+        areas, odd = scan(dataset, names)
+        if odd:
+            rules.append(f"{len(odd)} masks of another size than their image, resized apart: {', '.join(odd[:20])}")
+        lists, origin = find_lists(dataset, splits, root if download else None, areas)
         shutil.rmtree(filled / "splits", ignore_errors=True)
         dataset.write_lists(lists, filled / "splits")
         dataset = kind(str(filled))
@@ -95,24 +98,33 @@ def find_lists(dataset: Benchmark, splits: Path | None, fetch_to: Path | None, a
     return lists, f"{origin}; {same}, by their sha256"
 
 
-def scan(dataset: Benchmark, names: Sequence[str]) -> Areas:
-    """Opens every image and mask, on all cores; the pixels of each class in each mask. Raises DatasetError."""
+def scan(dataset: Benchmark, names: Sequence[str]) -> tuple[Areas, list[str]]:
+    """Opens every image and mask, on all cores.
 
-    def look(name: str) -> dict[int, int]:
+    Returns:
+        The pixels of each class in each mask, and the images whose mask has another size.
+
+    Raises:
+        DatasetError: a broken file; a mask of another size, where the benchmark has none.
+    """
+
+    def look(name: str) -> tuple[dict[int, int], bool]:
         verify(dataset.image_path(name))
         verify(dataset.mask_path(name))
         image, index = dataset.read_image(name), dataset.read_index(name)
-        if dataset.same_size and image.shape[1:] != index.shape:
+        odd = image.shape[1:] != index.shape
+        if odd and dataset.same_size:
             raise DatasetError(
                 f"{dataset.image_path(name)} and {dataset.mask_path(name)} differ in size: "
                 f"{tuple(image.shape[1:])} and {tuple(index.shape)}."
             )
         pixels = index.flatten().bincount(minlength=256)[1:255]
-        return {c: int(pixels[c]) for c in pixels.nonzero().flatten().tolist()}
+        return {c: int(pixels[c]) for c in pixels.nonzero().flatten().tolist()}, odd
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = track(pool.map(look, names), f"Verifying {dataset.name}", len(names))
-        return dict(zip(names, found, strict=True))
+        found = list(track(pool.map(look, names), f"Verifying {dataset.name}", len(names)))
+    areas = {name: area for name, (area, _) in zip(names, found, strict=True)}
+    return areas, [name for name, (_, odd) in zip(names, found, strict=True) if odd]
 
 
 def check(kind: type[Benchmark], ready: Path) -> dict[str, Any]:

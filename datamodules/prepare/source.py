@@ -67,6 +67,7 @@ class Source:
         for root in self.roots:
             walk = ((Path(at), files) for at, _, files in os.walk(root))
             found = [at for at, files in walk if at.parts[-len(names) :] == names and any_ends(files, suffix)]
+            found = [at for at in found if not is_junk(str(at.relative_to(root)))]
             yield from sorted(found, key=lambda path: (len(path.parts), path))
 
     def need(self, place: str, suffix: str, of: str) -> Path:
@@ -77,12 +78,25 @@ class Source:
             raise DatasetError(f"There is no folder {place}/ with files *{suffix} in {places}: it is part of {of}.")
         return folder
 
-    def file(self, name: str) -> Path | None:
-        return next((Path(at) / name for root in self.roots for at, _, files in os.walk(root) if name in files), None)
+    def files(self, suffix: str) -> Iterator[Path]:
+        """Every file whose name ends so."""
+        for root in self.roots:
+            for at, _, files in os.walk(root):
+                yield from (Path(at) / file for file in files if file.endswith(suffix) and not is_junk(f"{at}/{file}"))
 
 
 def any_ends(files: Sequence[str], suffix: str) -> bool:
     return any(file.endswith(suffix) for file in files)
+
+
+def is_junk(path: str) -> bool:
+    """What a Mac adds to folders and archives: __MACOSX/, ._1.jpg, .DS_Store."""
+    return "__MACOSX" in path or path.rsplit("/", 1)[-1].startswith(".")
+
+
+def visible(folder: Path, suffix: str) -> list[Path]:
+    """Files of a folder whose names end so, sorted."""
+    return sorted(p for p in folder.glob(f"*{suffix}") if not is_junk(p.name))
 
 
 def is_archive(path: Path) -> bool:
@@ -113,15 +127,19 @@ def untar(archive: Path, wanted: Sequence[str], folder: Path) -> None:
     with tarfile.open(archive) as file:  # one pass: a compressed archive cannot be read out of order
         for member in track(file, f"Unpacking {archive.name}", total=None):
             inside(archive, member.name)
-            if member.isfile() and any(fnmatch(member.name, pattern) for pattern in wanted):
+            if member.isfile() and is_wanted(member.name, wanted):
                 file.extract(member, folder, filter="data")
 
 
 def chosen(archive: Path, names: Sequence[str], wanted: Sequence[str]) -> Iterable[str]:
     for name in names:
         inside(archive, name)
-    good = [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
+    good = [name for name in names if is_wanted(name, wanted)]
     return track(good, f"Unpacking {archive.name}")
+
+
+def is_wanted(name: str, wanted: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in wanted) and not is_junk(name)
 
 
 def inside(archive: Path, name: str) -> None:

@@ -360,13 +360,25 @@ def test_broken_image_is_named(tmp_path):
     refused(SUIMDataset, source, tmp_path / "data", "d_r_2_.jpg cannot be read")
 
 
-def test_mask_of_another_size_is_refused_where_sizes_agree(tmp_path):
-    source = isic.write(tmp_path / "source", archives=False)
-    path = next(source.rglob("ISIC_0000003_segmentation.png"))
+def test_mask_of_another_size_is_refused_or_noted(tmp_path, data):
+    source = pascal.write(tmp_path / "source", archives=False)
+    path = next(source.rglob("SegmentationClass/2007_000103.png"))
     Image.open(path).resize((20, 20)).save(path)
-    refused(
-        ISICDataset, source, tmp_path / "data", "ISIC_0000003.jpg and .*ISIC_0000003_segmentation.png differ in size"
-    )
+    refused(PascalDataset, source, tmp_path / "data", "2007_000103.jpg and .*2007_000103.png differ in size")
+    rules = json.loads((data / "suim" / "manifest.json").read_text())["rules"]
+    assert f"1 masks of another size than their image, resized apart: {suim.name_of(3)}" in rules
+
+
+def test_what_a_mac_adds_is_passed_over(tmp_path, data):
+    for name, (kind, package) in PACKAGES.items():
+        source = package.write(tmp_path / name, archives=False)
+        for path in [p for p in source.rglob("*") if p.is_file()][::9]:
+            (path.parent / f"._{path.name}").write_bytes(b"Mac OS X")
+            junk = source / "__MACOSX" / path.relative_to(source)
+            junk.parent.mkdir(parents=True, exist_ok=True)
+            junk.write_bytes(b"Mac OS X")
+        manifest = prepare(kind, [source], tmp_path / "data", None, download=False)
+        assert manifest["files"] == json.loads((data / name / "manifest.json").read_text())["files"]
 
 
 def test_damaged_annotations_and_matlab_files_are_named(tmp_path):
