@@ -82,6 +82,26 @@ def test_drawn_images_follow_the_image_size():
     assert compose("config", ["dataset=synthetic", "episodes.image_size=64"]).dataset.size == 64
 
 
+def test_targets_are_the_datasets():
+    cfg = compose("config", ["task=cross_domain", "target=isic", "target.classes=3", "data=/d", "validation=fss"])
+    assert (cfg.dataset.root, cfg.target.root, cfg.validation.root) == ("/d/pascal", "/d/isic", "/d/fss")
+    assert (cfg.target.classes, cfg.task.name, cfg.fold.index) == (3, "cross_domain", "all")
+
+
+@pytest.mark.parametrize(
+    "task, target", [("cross_category", None), ("cross_dataset", "pascal"), ("cross_domain", "deepglobe")]
+)
+def test_target_follows_the_task_unless_chosen(task, target):
+    assert (compose("config", [f"task={task}"]).target or {}).get("root") == (target and f"data/{target}")
+    assert compose("config", [f"task={task}", "target=suim"]).target.root == "data/suim"
+
+
+def test_null_takes_a_group_away():
+    assert compose("config", ["experiment=table3_isic"]).validation is not None
+    assert compose("config", ["experiment=table3_isic", "validation=null"]).validation is None
+    assert compose("config", ["experiment=null"]).dataset._target_ == "datamodules.folder.FolderDataset"
+
+
 # Mistakes
 
 
