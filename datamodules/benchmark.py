@@ -206,10 +206,9 @@ def stems(folder: Path, suffix: str) -> list[str]:
     return sorted(p.name[: -len(suffix)] for p in visible(folder, suffix))
 
 
-def write_index(index: np.ndarray, path: Path) -> None:
-    """(H, W) uint8 as PNG, whole or not at all; left alone where it is there already."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        Image.fromarray(index).save(part, format="PNG")
-        part.replace(path)
+def write_png(pixels: np.ndarray, path: Path) -> None:
+    """(H, W) or (H, W, 3) uint8 as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    Image.fromarray(pixels).save(part, format="PNG")
+    part.replace(path)

@@ -27,7 +27,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from datamodules.base import Split
-from datamodules.benchmark import MIN_AREA, Areas, Benchmark, stems, write_index
+from datamodules.benchmark import MIN_AREA, Areas, Benchmark, stems, write_png
 from datamodules.episode import EpisodeSpec
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
@@ -170,9 +170,6 @@ def paint(annotations: Path, folder: Path) -> int:
 
 def paint_images(folder: Path, jobs: Sequence[tuple[str, int, int, list[tuple[int, Any]]]]) -> None:
     for file_name, height, width, segments in jobs:
-        path = folder / f"{Path(file_name).stem}.png"
-        if path.exists():
-            continue
         index = np.zeros((height, width), np.uint8)
         for class_id, segmentation in segments:
             if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
@@ -180,7 +177,7 @@ def paint_images(folder: Path, jobs: Sequence[tuple[str, int, int, list[tuple[in
             elif isinstance(segmentation, list):
                 segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
             index[rle.decode(segmentation) > 0] = class_id + 1
-        write_index(index, path)
+        write_png(index, folder / f"{Path(file_name).stem}.png")
 
 
 def number_of(image: str) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.base import decode
-from datamodules.benchmark import Areas, Benchmark, stems, write_index
+from datamodules.benchmark import Areas, Benchmark, stems, write_png
 from datamodules.errors import DatasetError
 from datamodules.prepare.source import Source
 from datamodules.progress import track
@@ -96,8 +96,8 @@ def cut(ready: Path, number: str, mask_path: Path) -> int:
             shares = np.bincount(index[tile].ravel()) / index[tile].size
             shares = shares[shares > 0]
             if len(shares) > 1 and shares.min() > SMALLEST_SHARE:
-                write_index(image[tile], ready / "images" / f"{number}_{i}{j}.png")
-                write_index(index[tile], ready / "masks" / f"{number}_{i}{j}.png")
+                write_png(image[tile], ready / "images" / f"{number}_{i}{j}.png")
+                write_png(index[tile], ready / "masks" / f"{number}_{i}{j}.png")
                 kept += 1
     return kept
 

@@ -24,7 +24,7 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from datamodules.base import FewShotDataset, Fold, Split
-from datamodules.benchmark import MIN_AREA, Areas, Benchmark, stems, write_index
+from datamodules.benchmark import MIN_AREA, Areas, Benchmark, stems, write_png
 from datamodules.episode import EpisodeSpec
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
@@ -185,7 +185,7 @@ class PascalDataset(Benchmark):
         have = set(stems(own, ".png"))
         added = [mat for mat in mats if mat.stem not in have]
         for mat in track(added, "Converting SBD's masks"):
-            write_index(sbd_mask(mat), masks / f"{mat.stem}.png")
+            write_png(sbd_mask(mat), masks / f"{mat.stem}.png")
         return [f"{images} images", f"{len(have)} masks of VOC 2012", f"{len(added)} masks of SBD, where VOC has none"]
 
 

@@ -34,12 +34,14 @@ def prepare(
         download: fetch what is freely to be had and not given.
 
     Raises:
-        DatasetError: what is missing or broken; `root/<name>` is then not there, and what was done is gone on with.
+        DatasetError: what is missing or broken; `root/<name>` is then not there. What was fetched and unpacked stays for
+            the next attempt.
     """
     ready, part = root / kind.name, root / f".{kind.name}.part"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{kind.name}.lock"):
         if ready.exists():
+            shutil.rmtree(part, ignore_errors=True)
             return check(kind, ready)
         if download and not sources:
             sources = [fetch(d, root / "downloads" / kind.name) for d in kind.downloads]
@@ -47,6 +49,7 @@ def prepare(
             raise DatasetError(f"{kind.title} needs --source <what you downloaded>. Wanted: {kind.obtain}")
         source = Source(sources, kind.wanted, part / "unpacked")
         filled = part / "ready"
+        shutil.rmtree(filled, ignore_errors=True)  # of an attempt with other sources, perhaps; archives stay unpacked
         rules = kind.fill(source, filled)
         dataset = kind(str(filled))
         names = dataset.found()
@@ -56,7 +59,6 @@ def prepare(
         if odd:
             rules.append(f"{len(odd)} masks of another size than their image, resized apart: {', '.join(odd[:20])}")
         lists, origin = find_lists(dataset, splits, root if download else None, areas)
-        shutil.rmtree(filled / "splits", ignore_errors=True)
         dataset.write_lists(lists, filled / "splits")
         dataset = kind(str(filled))
         dataset.check(listed(dataset))

@@ -150,8 +150,6 @@ def inside(archive: Path, name: str) -> None:
 
 def place(file: Path, to: Path) -> None:
     """Puts a file in its place, whole or not at all: a second name for it where the disk allows, else a copy."""
-    if to.exists() and to.stat().st_size == file.stat().st_size:
-        return
     to.parent.mkdir(parents=True, exist_ok=True)
     part = to.with_name(to.name + ".part")
     part.unlink(missing_ok=True)
@@ -160,6 +158,7 @@ def place(file: Path, to: Path) -> None:
     except OSError:
         shutil.copyfile(file, part)
     os.replace(part, to)
+    part.unlink(missing_ok=True)  # two names of one file: nothing was replaced
 
 
 def place_all(files: Iterable[Path], folder: Path, what: str) -> int:

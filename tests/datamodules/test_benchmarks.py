@@ -255,6 +255,23 @@ def test_killed_preparation_is_gone_on_with(tmp_path, data):
     assert (manifest["files"], manifest["lists"], manifest["rules"]) == (kept["files"], kept["lists"], kept["rules"])
 
 
+@each
+def test_nothing_of_a_failed_attempt_stays(name, tmp_path, data):
+    """Other sources first, of which one file is broken; then the right ones."""
+    kind, package = PACKAGES[name]
+    wrong = package.write(tmp_path / "wrong", archives=False)
+    stem = (
+        expected(name).popitem()[0].split("/")[-1].split(".")[0].split("_")[0 if name == "deepglobe" else slice(None)]
+    )
+    stem = stem if isinstance(stem, str) else "_".join(stem)
+    for path in [p for p in wrong.rglob(f"{stem}*") if p.suffix in (".jpg", ".png", ".bmp")]:
+        path.write_bytes(b"broken")
+    with pytest.raises(DatasetError):
+        prepare(kind, [wrong], tmp_path / "data", None, download=False)
+    manifest = prepare(kind, [package.write(tmp_path / "right")], tmp_path / "data", None, download=False)
+    assert manifest["files"] == json.loads((data / name / "manifest.json").read_text())["files"]
+
+
 # The command
 
 
