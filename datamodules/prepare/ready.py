@@ -34,8 +34,8 @@ def prepare(
         download: fetch what is freely to be had and not given.
 
     Raises:
-        DatasetError: what is missing or broken; `root/<name>` is then not there. What was fetched and unpacked stays for
-            the next attempt.
+        DatasetError: what is missing or broken; `root/<name>` is then not there. What was fetched and unpacked stays
+            for the next attempt.
     """
     ready, part = root / kind.name, root / f".{kind.name}.part"
     root.mkdir(parents=True, exist_ok=True)

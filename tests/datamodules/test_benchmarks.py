@@ -260,11 +260,9 @@ def test_nothing_of_a_failed_attempt_stays(name, tmp_path, data):
     """Other sources first, of which one file is broken; then the right ones."""
     kind, package = PACKAGES[name]
     wrong = package.write(tmp_path / "wrong", archives=False)
-    stem = (
-        expected(name).popitem()[0].split("/")[-1].split(".")[0].split("_")[0 if name == "deepglobe" else slice(None)]
-    )
-    stem = stem if isinstance(stem, str) else "_".join(stem)
-    for path in [p for p in wrong.rglob(f"{stem}*") if p.suffix in (".jpg", ".png", ".bmp")]:
+    image = next(iter(expected(name)))
+    file = f"{image.split('_')[0]}_sat.jpg" if name == "deepglobe" else kind("").image_path(image).name
+    for path in wrong.rglob(file):
         path.write_bytes(b"broken")
     with pytest.raises(DatasetError):
         prepare(kind, [wrong], tmp_path / "data", None, download=False)
