@@ -1,6 +1,6 @@
 """FSS-1000: 1,000 classes of everyday things, ten images each.
 
-Home: https://github.com/HKUSTCV/FSS-1000. Licence: none is stated; for research.
+Home: https://github.com/HKUSTCV/FSS-1000. Licence: none was found; for research.
 Classes: 1,000; 520 to train, 240 to validate, 240 to test, no folds. 10,000 images of 224x224.
 Lists: those of HSNet; the test classes are the official ones, train and validation were drawn at random.
 

@@ -1,6 +1,6 @@
 """ISIC 2018, task 1: outlines of skin lesions in dermatoscopic images; tested on only.
 
-Home: https://challenge.isic-archive.com/data/#2018. Licence: CC-0 and CC-BY-NC, as its ATTRIBUTION.txt says.
+Home: https://challenge.isic-archive.com/data/#2018. Licence: CC BY-NC 4.0, see the archives' LICENSE.txt.
 Classes: one, as in the paper; or PATNet's three, of which a list gives 2,594 images: `classes=3`.
 
 As published: ISIC2018_Task1-2_Training_Input.zip (ISIC_0000000.jpg), ISIC2018_Task1_Training_GroundTruth.zip

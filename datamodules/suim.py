@@ -1,6 +1,6 @@
 """SUIM: underwater scenes; tested on only.
 
-Home: https://irvlab.cs.umn.edu/resources/suim-dataset. Licence: MIT (the code), for research.
+Home: https://irvlab.cs.umn.edu/resources/suim-dataset. Licence: none was found; for research.
 Classes: 8, of which one is the water itself. 1,525 images to train and validate, 110 to test; all given are used.
 
 As published: train_val/images/*.jpg, train_val/masks/*.bmp; TEST/images, TEST/masks. A colour is a bit a channel.
