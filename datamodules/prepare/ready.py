@@ -47,8 +47,9 @@ def prepare(
             sources = [fetch(d, root / "downloads" / kind.name) for d in kind.downloads]
         if not sources:
             raise DatasetError(f"{kind.title} needs --source <what you downloaded>. Wanted: {kind.obtain}")
-        source = Source(sources, kind.wanted, part / "unpacked")
         filled = part / "ready"
+        published = published_lists(kind(str(filled)), splits, root if download else None)
+        source = Source(sources, kind.wanted, part / "unpacked")
         shutil.rmtree(filled, ignore_errors=True)  # of an attempt with other sources, perhaps; archives stay unpacked
         rules = kind.fill(source, filled)
         dataset = kind(str(filled))
@@ -58,7 +59,7 @@ def prepare(
         areas, odd = scan(dataset, names)
         if odd:
             rules.append(f"{len(odd)} masks of another size than their image, resized apart: {', '.join(odd[:20])}")
-        lists, origin = find_lists(dataset, splits, root if download else None, areas)
+        lists, origin = published or (dataset.build_lists(areas), f"built: {kind.list_rule}")
         dataset.write_lists(lists, filled / "splits")
         dataset = kind(str(filled))
         dataset.check(listed(dataset))
@@ -78,26 +79,27 @@ def prepare(
         return manifest
 
 
-def find_lists(dataset: Benchmark, splits: Path | None, fetch_to: Path | None, areas: Areas) -> tuple[Any, str]:
-    """(lists, where they come from): given, or fetched, or else built by the field's rule."""
-    folder, origin = splits, f"given ({splits})"
-    if folder is not None and (folder / dataset.name).is_dir():
-        folder = folder / dataset.name
-    if folder is None and fetch_to is not None and dataset.list_downloads:
-        folder = fetch_to / "downloads" / dataset.name / "splits"
+def published_lists(dataset: Benchmark, splits: Path | None, fetch_to: Path | None) -> tuple[Any, str] | None:
+    """(lists, where they come from): given, or fetched; None where neither is asked for, or none are published."""
+    if not dataset.published or not (splits or fetch_to):
+        return None
+    if splits:
+        folder, origin = splits / dataset.name if (splits / dataset.name).is_dir() else splits, f"given ({splits})"
+    else:
+        folder = fetch_to / "downloads" / dataset.name / "splits"  # type: ignore[operator]
         for path, download in dataset.list_downloads.items():
             fetch(download, (folder / path).parent)
         origin = f"fetched ({next(iter(dataset.list_downloads.values())).url.rsplit('/', 2)[0]})"
-    if folder is None or not dataset.published:
-        return dataset.build_lists(areas), f"built: {dataset.list_rule}"
     lists = dataset.read_lists(folder)
-    same = "the published lists" if json_hash(lists) == dataset.published else "not the published lists"
-    if splits is None and json_hash(lists) != dataset.published:
+    digest = json_hash(lists)
+    if digest == dataset.published:
+        return lists, f"{origin}; the published lists, by their sha256"
+    if not splits:
         raise DatasetError(
-            f"The lists in {folder} are not the published ones (sha256 {json_hash(lists)[:12]}, published "
-            f"{dataset.published[:12]}). Take that folder away and try again, or give the lists by --splits."
+            f"The lists in {folder} are not the published ones (sha256 {digest[:12]}, not {dataset.published[:12]}). "
+            "Take that folder away and try again, or give the lists by --splits."
         )
-    return lists, f"{origin}; {same}, by their sha256"
+    return lists, f"{origin}; not the published lists, by their sha256"
 
 
 def scan(dataset: Benchmark, names: Sequence[str]) -> tuple[Areas, list[str]]:

@@ -152,6 +152,7 @@ def test_notes_tell_what_a_reader_must_know(data):
     assert "40 masks of SBD, where VOC has none" in rules["pascal"]
 
 
+@pytest.mark.slow
 def test_folders_do_as_well_as_archives(tmp_path, data):
     for name, (kind, package) in PACKAGES.items():
         package.write(tmp_path / name, archives=False)
@@ -234,6 +235,7 @@ def test_check_finds_what_is_missing_changed_or_broken(name, data, tmp_path):
         check(kind, ready)
 
 
+@pytest.mark.slow
 def test_killed_preparation_is_gone_on_with(tmp_path, data):
     """Killed as soon as the first files are in their places, again and again, until it comes through."""
     pascal.write(tmp_path / "source")
@@ -256,6 +258,7 @@ def test_killed_preparation_is_gone_on_with(tmp_path, data):
 
 
 @each
+@pytest.mark.slow
 def test_nothing_of_a_failed_attempt_stays(name, tmp_path, data):
     """Other sources first, of which one file is broken; then the right ones."""
     kind, package = PACKAGES[name]
@@ -395,6 +398,7 @@ def test_mask_of_another_size_is_refused_or_noted(tmp_path, data):
     assert f"1 masks of another size than their image, resized apart: {suim.name_of(3)}" in rules
 
 
+@pytest.mark.slow
 def test_what_a_mac_adds_is_passed_over(tmp_path, data):
     for name, (kind, package) in PACKAGES.items():
         source = package.write(tmp_path / name, archives=False)
