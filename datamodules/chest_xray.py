@@ -2,7 +2,8 @@
 
 Home: https://www.ncbi.nlm.nih.gov/pmc/articles/PMC4256233/; files:
 https://www.kaggle.com/datasets/nikhilpandey360/chest-xray-masks-and-labels (login). Licence: the two sets' own, for
-research with citation. Classes: lung.
+research with citation. Classes: lung. 138 images of Montgomery and 662 of Shenzhen; 138 and 566 of them have masks, so
+that the paper's 566 images must be Shenzhen's: `prefix=CHNCXR`.
 
 As published: Lung Segmentation/CXR_png/X.png and masks/X_mask.png (Shenzhen) or masks/X.png (Montgomery).
 Prepared: CXR_png/ and masks/, the pairs alone; splits/test.json.
@@ -25,7 +26,7 @@ from datamodules.prepare.source import Source, place_all
 class ChestXrayDataset(Benchmark):
     """
     Args:
-        prefix: only images whose names begin so; "CHNCXR" is Shenzhen alone. The paper counts 566 images.
+        prefix: only images whose names begin so; "CHNCXR" is Shenzhen alone.
     """
 
     name = "chest_xray"

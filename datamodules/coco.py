@@ -1,7 +1,8 @@
 """COCO-20i: the 80 classes of COCO 2014 in four folds of twenty.
 
 Home: https://cocodataset.org. Licence: annotations CC BY 4.0, images under Flickr's terms of use.
-Classes in the order of the category ids, 0-based; fold i holds out classes i, i+4, i+8, ...
+82,783 images in train2014, 40,504 in val2014. 80 classes in the order of the category ids, 0-based; fold i holds out
+classes i, i+4, i+8, ...
 Lists: those of HSNet, images of train2014 to train on and of val2014 to test, for each class.
 
 As published: train2014.zip, val2014.zip (COCO_train2014_000000000009.jpg), annotations_trainval2014.zip

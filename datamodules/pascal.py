@@ -1,7 +1,7 @@
 """PASCAL-5i: the 20 classes of PASCAL VOC 2012 in four folds of five.
 
 Home: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/; SBD: http://home.bharathh.info/pubs/codes/SBD/download.html.
-Licence: images under Flickr's terms of use, for research. Fold i holds out classes 5i .. 5i+4.
+Licence: images under Flickr's terms of use, for research. 20 classes; fold i holds out classes 5i .. 5i+4.
 Lists: those of HSNet, 13,680 (image, class) pairs to train on in all folds, 1,868 to test.
 
 As published: VOCtrainval_11-May-2012.tar (VOCdevkit/VOC2012/: JPEGImages/*.jpg, SegmentationClass/*.png,
