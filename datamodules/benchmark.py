@@ -169,20 +169,26 @@ class Benchmark(FewShotDataset):
     def check(self, names: Iterable[str]) -> None:
         if not self.root.is_dir():
             raise self.absent(self.root)
-        wanted: dict[str, dict[str, str]] = defaultdict(dict)  # folder -> file -> image that needs it
+        missing = self.missing(names)
+        if missing:
+            path, name = next(iter(missing.items()))
+            raise DatasetError(
+                f"The lists of {self.title} ({self.list_folder}) name '{name}', but there is no {path} ({len(missing)} "
+                f"files are missing). A partial download, or lists of another version? {self.how_to_prepare()}"
+            )
+
+    def missing(self, names: Iterable[str]) -> dict[str, str]:
+        """Image and mask files that are not there -> the image that needs them; looks at folders alone."""
+        wanted: dict[str, dict[str, str]] = defaultdict(dict)  # folder -> file -> image
         for name in set(names):
             for path in (self.image_path(name), self.mask_path(name)):
                 folder, file = os.path.split(path)
                 wanted[folder][file] = name
+        missing: dict[str, str] = {}
         for folder, files in sorted(wanted.items()):
             there = {entry.name for entry in os.scandir(folder)} if os.path.isdir(folder) else set()
-            missing = sorted(files.keys() - there)
-            if missing:
-                raise DatasetError(
-                    f"The lists of {self.title} ({self.list_folder}) name '{files[missing[0]]}', but there is no "
-                    f"{os.path.join(folder, missing[0])} ({len(missing)} of {len(files)} files are missing there). "
-                    f"A partial download, or lists of another version? {self.how_to_prepare()}"
-                )
+            missing |= {os.path.join(folder, file): files[file] for file in sorted(files.keys() - there)}
+        return missing
 
     def fingerprint(self) -> str:
         manifest = self.root / "manifest.json"

@@ -47,7 +47,7 @@ def prepare(
             sources = [fetch(d, root / "downloads" / kind.name) for d in kind.downloads]
         if not sources:
             raise DatasetError(f"{kind.title} needs --source <what you downloaded>. Wanted: {kind.obtain}")
-        filled = part / "ready"
+        filled, given = part / "ready", ", ".join(map(str, sources))
         published = published_lists(kind(str(filled)), splits, root if download else None)
         source = Source(sources, kind.wanted, part / "unpacked")
         shutil.rmtree(filled, ignore_errors=True)  # of an attempt with other sources, perhaps; archives stay unpacked
@@ -55,14 +55,23 @@ def prepare(
         dataset = kind(str(filled))
         names = dataset.found()
         if not names:
-            raise DatasetError(f"No image with a mask in {', '.join(map(str, sources))}. Wanted: {kind.obtain}")
-        areas, odd = scan(dataset, names)
+            raise DatasetError(f"No image with a mask in {given}. Wanted: {kind.obtain}")
+        try:
+            areas, odd = scan(dataset, names)
+        except DatasetError as error:
+            raise DatasetError(f"{error} (That path is a copy; mend the file in {given}.)") from error
         if odd:
             rules.append(f"{len(odd)} masks of another size than their image, resized apart: {', '.join(odd[:20])}")
         lists, origin = published or (dataset.build_lists(areas), f"built: {kind.list_rule}")
         dataset.write_lists(lists, filled / "splits")
         dataset = kind(str(filled))
-        dataset.check(listed(dataset))
+        missing = dataset.missing(listed(dataset))
+        if missing:
+            path, name = next(iter(missing.items()))
+            raise DatasetError(
+                f"The lists ({origin}) name '{name}', but {Path(path).name} is not in {given} ({len(missing)} files "
+                "are missing): a partial download, or lists of another version?"
+            )
         manifest = {
             "dataset": kind.name,
             "title": kind.title,
