@@ -72,7 +72,14 @@ def run_job(cfg: DictConfig) -> float | None:
 def quiet() -> None:
     """Leaves out what Lightning says about choices made here on purpose."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    by_design = ("does not have many workers", "LeafSpec", "log_every_n_steps", "in eval mode", "Experiment logs")
+    by_design = (
+        "does not have many workers",
+        "LeafSpec",
+        "log_every_n_steps",
+        "in eval mode",
+        "Experiment logs",
+        "could not find the monitored",
+    )
     for message in (f".*{words}.*" for words in by_design):
         warnings.filterwarnings("ignore", message)
 
@@ -115,9 +122,11 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
             untrained = test(trainer, module, data, None)
         clock["fit"] = time.time()
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
-        best = find_checkpoint(None, folder, "best")
+        best = find_checkpoint(None, folder, "best") or find_checkpoint(None, folder, "last")
         if best is None:
-            raise UserError("The training ended before its first validation: there is no checkpoint to test.")
+            raise UserError("The training ended before its first epoch did: there is no checkpoint to test.")
+        if best.stem == "last":
+            log.warning("The training ended before its first validation: the last state of the network is tested.")
     else:
         best = find_checkpoint(cfg.ckpt, None, "best")
         if best is None:

@@ -109,6 +109,15 @@ def test_killed_training_resumes_to_the_same_result(trained: Path, tmp_path: Pat
     assert (tmp_path / "metrics-1.csv").exists() or "Epoch 1/3" not in done.stdout
 
 
+def test_training_that_ends_before_its_first_validation_is_tested_as_it_is(tmp_path: Path) -> None:
+    done = run(*TINY, "trainer.max_steps=1", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "before its first validation" in done.stdout + done.stderr
+    record = results(tmp_path)
+    assert (record["training"]["steps"], record["checkpoint"]["selection"]) == (1, None)
+    assert record["checkpoint"]["path"].endswith("last.ckpt")
+
+
 def test_going_on_from_another_folder(trained: Path, tmp_path: Path) -> None:
     done = run(*TINY, "trainer.max_epochs=4", f"ckpt={trained}", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
