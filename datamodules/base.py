@@ -84,7 +84,11 @@ class FewShotDataset(ABC):
         return list(range(len(self.classes))) if fold == "all" else list(self.folds[self.check_fold(fold)])
 
     def validation_classes(self, fold: Fold) -> list[int]:
-        """The classes to choose the best epoch by; the field takes those of the test."""
+        """The classes to choose the best epoch by; the field takes those of the test.
+
+        Args:
+            fold: of this dataset; "all" where training is on another.
+        """
         return self.novel_classes(fold)
 
     def target_classes(self, source: "FewShotDataset", fold: Fold) -> list[int]:

@@ -14,7 +14,7 @@ from datamodules.episode import IGNORE, Episode, EpisodeSpec
 from datamodules.errors import DatasetError
 from datamodules.registry import all_datasets
 from datamodules.sampler import EpochSampler, TrainingEpisodes, json_hash, list_hash
-from datamodules.tasks import check_pair
+from datamodules.tasks import check_pair, same_benchmark
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +81,10 @@ class FewShotDataModule(L.LightningDataModule):
         for name, count in counts.items():
             if count < 1:
                 raise DatasetError(f"{name} must be 1 or more, not {count}.")
-        self.same = target is None or target.name == dataset.name
-        check_pair(task, dataset, None if self.same else target)
+        check_pair(task, dataset, target)
         self.dataset, self.fold, self.shot, self.train_shot = dataset, fold, shot, train_shot
-        self.target = target if target is not None and not self.same else dataset
-        self.validation = validation or dataset
+        self.target, self.validation = target or dataset, validation or dataset
+        self.same = same_benchmark(dataset, self.target)
         self.image_size = (height, width)
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
         self.per_epoch, self.val, self.test, self.repeats = per_epoch, val, test, repeats
@@ -103,15 +102,14 @@ class FewShotDataModule(L.LightningDataModule):
     def test_class_ids(self) -> list[int]:
         """Of `target`."""
         if self.same:
-            return self.dataset.novel_classes(self.fold)
+            return self.target.novel_classes(self.fold)
         return self.target.target_classes(self.dataset, self.fold)
 
     @cached_property
     def val_class_ids(self) -> list[int]:
         """Of `validation`."""
-        if self.validation.name == self.dataset.name:
-            return self.dataset.validation_classes(self.fold)
-        return self.validation.validation_classes(0)
+        fold = self.fold if same_benchmark(self.dataset, self.validation) else "all"
+        return self.validation.validation_classes(fold)
 
     @cached_property
     def train_specs(self) -> TrainingEpisodes:

@@ -8,6 +8,11 @@ TASKS = ("cross_category", "cross_dataset", "cross_domain")
 Kind = FewShotDataset | type[FewShotDataset]
 
 
+def same_benchmark(source: Kind, target: Kind) -> bool:
+    """Two folders of one's own are two datasets, though they have one name."""
+    return source is target or (source.name == target.name and source.domain != "any")
+
+
 def tasks_of(source: Kind, target: Kind) -> set[str]:
     """The tasks that a pair of datasets is good for; none where there can be no such test.
 
@@ -15,7 +20,7 @@ def tasks_of(source: Kind, target: Kind) -> set[str]:
     """
     if source.test_only:
         return set()
-    if source.name == target.name:
+    if same_benchmark(source, target):
         return {"cross_category"}
     if "any" in (source.domain, target.domain):
         return {"cross_dataset", "cross_domain"}

@@ -53,7 +53,9 @@ def make(
         "parameters": {"learnable": learnable(network), "frozen": frozen(network)},
         "checkpoint": {
             "path": str(ckpt),
-            "selection": selection(trained["validation"], data) if ckpt.name == "best.ckpt" else None,
+            "selection": selection(trained["validation"], data)
+            if ckpt.name == "best.ckpt" and "validation" in trained
+            else None,
         },
         "training": {"epochs": checkpoint["epoch"] + 1, "steps": checkpoint["global_step"], **trained},
         "tested_classes_seen_in_training": data.seen(trained["base_classes"], trained["dataset"]),

@@ -1,8 +1,11 @@
 import pytest
 
 from datamodules.errors import DatasetError
+from datamodules.folder import FolderDataset
+from datamodules.module import FewShotDataModule
 from datamodules.registry import all_datasets
 from datamodules.tasks import TASKS, check_pair, tasks_of
+from tests.data.folder import write_by_class
 
 KINDS = all_datasets()
 NAMES = ["chest_xray", "coco", "deepglobe", "folder", "fss", "isic", "pascal", "suim", "synthetic"]
@@ -36,8 +39,35 @@ def test_what_has_no_base_classes_is_never_trained_on():
 
 def test_ones_own_images_go_with_everything_that_trains():
     for task in ("cross_dataset", "cross_domain"):
-        assert {s for s, t in pairs(task) if t == "folder"} == {"coco", "fss", "pascal", "synthetic"}
-        assert {t for s, t in pairs(task) if s == "folder"} == set(NAMES) - {"folder"}
+        assert {s for s, t in pairs(task) if t == "folder" != s} == {"coco", "fss", "pascal", "synthetic"}
+        assert {t for s, t in pairs(task) if s == "folder" != t} == set(NAMES) - {"folder"}
+
+
+def test_two_folders_are_two_datasets(tmp_path):
+    roots = [
+        write_by_class(tmp_path / n, classes=c, images_per_class=3)
+        for n, c in (("a", ["cat", "dog"]), ("b", ["bus", "cat"]))
+    ]
+    a, b = (FolderDataset(str(root), folds=2, min_area=0.01) for root in roots)
+    setting = {
+        "fold": 0,
+        "shot": 1,
+        "train_shot": 1,
+        "image_size": 32,
+        "batch_size": 2,
+        "test_batch_size": 2,
+        "workers": 0,
+    }
+    setting |= {"per_epoch": 4, "val": 4, "test": 4, "novel_pixels": "background", "seed": 0}
+    data = FewShotDataModule(a, **setting, target=b, task="cross_dataset")
+    assert (data.base_classes, data.test_classes) == (["dog"], ["bus", "cat"])
+    assert data.test_dataset().dataset is b
+    assert [data.validation.classes[c] for c in data.val_class_ids] == ["cat"]
+    data = FewShotDataModule(a, **setting, validation=b)
+    assert [data.validation.classes[c] for c in data.val_class_ids] == ["bus", "cat"]
+    assert data.test_classes == ["cat"]
+    with pytest.raises(DatasetError, match="That pair is task=cross_dataset"):
+        FewShotDataModule(a, **setting, target=b)
 
 
 @pytest.mark.parametrize(
