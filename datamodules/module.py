@@ -1,7 +1,8 @@
 """The LightningDataModule: train, validation and test episodes of one fold of one setting."""
 
 import logging
-from collections.abc import Iterable, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -28,8 +29,9 @@ class FewShotDataModule(L.LightningDataModule):
         validation: where to choose the best epoch; None is the training dataset, on classes that it held out.
         task: cross_category, cross_dataset or cross_domain; decides which target goes with a dataset.
         fold: its novel classes are tested on, all others trained on; "all" does both on every class.
-        shot: K of validation and test episodes.
-        train_shot: K of training episodes (1 by the field's convention).
+        shot: K of test episodes.
+        train_shot: K of training and validation episodes (1 by the field's convention), so that one training
+            serves tests of any K.
         image_size: the side, or (H, W); multiples of 32.
         batch_size: episodes of a training batch over all processes together.
         test_batch_size: episodes of a validation or test batch of each process.
@@ -124,9 +126,9 @@ class FewShotDataModule(L.LightningDataModule):
 
     @cached_property
     def val_specs(self) -> list[EpisodeSpec]:
-        """Where validation and test are on the same classes, the head of the test list."""
+        """Where validation and test are on the same classes and shots, the head of the test list."""
         count = self.val or self.validation.test_length
-        specs = self.validation.test_episodes(self.val_class_ids, count, self.shot, self.repeats)
+        specs = self.validation.test_episodes(self.val_class_ids, count, self.train_shot, self.repeats)
         return self.all_drawn(specs, self.validation, self.val_class_ids, "val")
 
     def all_drawn(
@@ -225,7 +227,9 @@ class FewShotDataModule(L.LightningDataModule):
         episodes = Episodes(
             self.dataset, self.train_specs, self.image_size, ignored, self.cache_of(self.dataset, names)
         )
-        return self.loader(episodes, self.batch_size // processes, sampler, keep_workers=True)
+        if self.trainer:
+            sampler.set_epoch(self.trainer.current_epoch)  # workers read ahead before the Trainer says it
+        return self.loader(episodes, self.batch_size // processes, sampler, keep_workers=True, kind=TrainingLoader)
 
     def val_dataloader(self) -> DataLoader[Episode]:
         cache = self.cache_of(self.validation, names_of(self.val_specs))
@@ -241,13 +245,16 @@ class FewShotDataModule(L.LightningDataModule):
         mine = range(process, len(episodes), processes)
         return self.loader(episodes, self.test_batch_size, mine, keep_workers)
 
-    def loader(self, episodes: Episodes, batch_size: int, sampler, keep_workers: bool) -> DataLoader[Episode]:  # type: ignore[no-untyped-def]
-        return DataLoader(
+    def loader(  # type: ignore[no-untyped-def]
+        self, episodes: Episodes, batch_size: int, sampler, keep_workers: bool, kind: type[DataLoader] = DataLoader
+    ) -> DataLoader[Episode]:
+        return kind(
             episodes,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.workers,
             collate_fn=Episode.collate,
+            worker_init_fn=leave_the_end_to_the_first,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=keep_workers and self.workers > 0,
         )
@@ -259,6 +266,29 @@ class FewShotDataModule(L.LightningDataModule):
     def place(self) -> tuple[int, int]:
         """(this process, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+class TrainingLoader(DataLoader[Episode]):
+    """Goes on in the middle of an epoch. The Trainer saves and loads the state with its checkpoints."""
+
+    given = 0  # batches of this epoch so far
+
+    def __iter__(self) -> Iterator[Episode]:  # type: ignore[override]
+        self.given = self.sampler.skip  # type: ignore[attr-defined]
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.skip = state["batches"] % len(self)  # type: ignore[attr-defined]
+
+
+def leave_the_end_to_the_first(worker: int) -> None:
+    """A cluster sends SIGTERM to every process of a job: those that read images go on until the first has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def names_of(specs: list[EpisodeSpec]) -> Iterable[str]:

@@ -162,22 +162,27 @@ class EpochSampler(Sampler[tuple[int, int]]):
     Args:
         length: episodes per epoch over all processes, a multiple of `batch_size`.
         batch_size: global batch size, a multiple of `processes`.
+
+    Attributes:
+        skip: batches to leave out of the next pass, where an epoch is gone on with.
     """
 
     def __init__(self, length: int, batch_size: int, process: int = 0, processes: int = 1) -> None:
         self.length, self.batch_size = length, batch_size
         self.process, self.processes = process, processes
-        self.epoch = 0
+        self.epoch = self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.skip = epoch, 0
 
     def __len__(self) -> int:
         return self.length // self.processes
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        share = self.batch_size // self.processes
-        for start in range(self.process * share, self.length, self.batch_size):
+        share, skip = self.batch_size // self.processes, self.skip
+        self.skip = 0
+        for start in range(skip * self.batch_size + self.process * share, self.length, self.batch_size):
             for index in range(start, start + share):
                 yield self.epoch, index
 

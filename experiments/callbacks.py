@@ -11,18 +11,21 @@ from lightning.pytorch.utilities import rank_zero_only
 log = logging.getLogger(__name__)
 
 
-class EpochSeed(L.Callback):
-    """Seeds dropout by (seed, epoch, process), so that a resumed training draws as an unbroken one does."""
+class StepSeed(L.Callback):
+    """Seeds dropout by (seed, step, process), so that a resumed training draws as an unbroken one does."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch) * 1_009 + trainer.global_rank)
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_index: int) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + trainer.global_step) * 1_009 + trainer.global_rank)
 
 
 class EpochLog(L.Callback):
     """A line an epoch in the log, where there is no progress bar to look at."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.start = time.time()  # a training that goes on in the middle of an epoch does not start that epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.start = time.time()

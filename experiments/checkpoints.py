@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from experiments.files import read_json
 from pmnet.errors import CheckpointError
 
 
@@ -61,10 +62,15 @@ def find_checkpoint(ckpt: str | None, folder: Path | None, which: str) -> Path |
         return path if path and path.is_file() else None
     path = Path(ckpt).expanduser()
     if path.is_dir():
-        path = path / "checkpoints" / f"{which}.ckpt"
+        path = training_folder(path) / "checkpoints" / f"{which}.ckpt"
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path.absolute()}: check ckpt.")
     return path
+
+
+def training_folder(run: Path) -> Path:
+    """Where the weights that a run tested were trained: its own folder, or that of the run it shares them with."""
+    return run if (run / "checkpoints").is_dir() else Path(read_json(run / "training.json").get("run", run))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from datamodules import FewShotDataModule
+from experiments.files import read_json
 from pmnet.module import TestResult
 from pmnet.network import PMNet
 
@@ -36,7 +36,7 @@ def make(
     clock: dict[str, float],
 ) -> dict[str, Any]:
     """The record of a run, as plain values."""
-    names, trained = data.test_classes, checkpoint["record"]
+    names, trained, run = data.test_classes, checkpoint["record"], ckpt.absolute().parent.parent
     choices = HydraConfig.get().runtime.choices
     baselines = {"all_foreground": scores(result.all_foreground, names)}
     if untrained:
@@ -45,7 +45,8 @@ def make(
         "mode": cfg.mode,
         "setting": {"target": data.target.name}
         | {g: choices[g] for g in ("task", "dataset", "backbone", "model")}
-        | {"fold": cfg.fold.index, "shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed},
+        | {"fold": cfg.fold.index, "folds": 0 if cfg.fold.index == "all" else len(data.dataset.folds)}
+        | {"shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed},
         "test": scores(result.scores, names),
         "baselines": baselines,
         "episodes": data.provenance,
@@ -56,8 +57,10 @@ def make(
             "selection": selection(trained["validation"], data)
             if ckpt.name == "best.ckpt" and "validation" in trained
             else None,
+            "val_miou": round(val_miou(checkpoint), 4) if ckpt.name == "best.ckpt" else None,
         },
-        "training": {"epochs": checkpoint["epoch"] + 1, "steps": checkpoint["global_step"], **trained},
+        "training": {"run": str(run), "commit": read_json(run / "training.json").get("commit")}
+        | {"epochs": checkpoint["epoch"] + 1, "steps": checkpoint["global_step"], **trained},
         "tested_classes_seen_in_training": data.seen(trained["base_classes"], trained["dataset"]),
         "seconds": {
             "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
@@ -75,6 +78,13 @@ def selection(validation: dict[str, Any], data: FewShotDataModule) -> str:
     if (validation["dataset"], validation["classes"]) == (data.target.name, data.test_classes):
         return f"{best}, which are the head of the test list, on the same novel classes (the field's convention)"
     return f"{best}, on other classes than those of the test"
+
+
+def val_miou(checkpoint: dict[str, Any]) -> float:
+    """The best validation mIoU in percent of the training up to a checkpoint; NaN without a validation."""
+    states = [s for s in checkpoint["callbacks"].values() if s.get("monitor") == "val/miou"]
+    best = states[0]["best_model_score"] if states else None
+    return float("nan") if best is None else float(best)
 
 
 def scores(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -111,12 +121,6 @@ def learnable(network: nn.Module) -> int:
 
 def frozen(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if not p.requires_grad)
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(part, path)
 
 
 def write_episodes(path: Path, data: FewShotDataModule, result: TestResult) -> None:

@@ -1,8 +1,10 @@
 """One run: train, test, and write down what came out. `run.py` hands the composed config to `run_job`."""
 
 import logging
+import os
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
@@ -22,8 +25,8 @@ from rich.markup import escape
 from datamodules import FewShotDataModule
 from datamodules.errors import DatasetError
 from datamodules.pixels import BasePixels, PixelDataModule
-from experiments import panels, results
-from experiments.callbacks import EpochLog, EpochSeed
+from experiments import panels, results, sweep, trainings
+from experiments.callbacks import EpochLog, StepSeed
 from experiments.checkpoints import (
     AtomicCheckpoints,
     check_same_training,
@@ -33,7 +36,10 @@ from experiments.checkpoints import (
     start_of_training,
 )
 from experiments.errors import UserError, explain
-from experiments.loggers import make_loggers
+from experiments.files import write_json
+from experiments.loggers import WandbLogger, make_loggers
+from experiments.preemption import Requeue
+from experiments.processes import is_first
 from pmnet.errors import PMNetError
 from pmnet.module import FewShotModule, TestResult
 from pmnet.network import PMNet
@@ -43,35 +49,57 @@ log = logging.getLogger(__name__)
 EXPECTED = (PMNetError, DatasetError, UserError, MisconfigurationException)
 
 
-def run_job(cfg: DictConfig) -> float | None:
+def run_job(cfg: DictConfig) -> float:
     """Runs one config; an error that the user can mend is one message and exit code 1.
 
+    In a sweep, a job that fails is written down and passed over.
+
     Returns:
-        Test mIoU in percent; None where nothing was tested.
+        What a sweep may optimise: validation mIoU in percent; NaN where the job of a sweep failed.
     """
+    if sweep.belongs_in_a_process_of_its_own():
+        return sweep.run_alone(cfg)
+    if sweep.is_sweep_job() or "LOCAL_RANK" in os.environ:
+        sweep.end_with_parent()
     folder = Path(HydraConfig.get().runtime.output_dir)
+    (folder / "failure.json").unlink(missing_ok=True)
     quiet()
+    code = 1
     try:
-        if cfg.mode != "pretrain":
-            return train_and_test(cfg, folder)
-        pretrain(cfg, folder)
-        return None
-    except (*EXPECTED, InstantiationException) as error:
-        cause = error.__cause__ if isinstance(error, InstantiationException) else error
-        if not isinstance(cause, EXPECTED):
-            raise
-        message = escape(explain(cause))
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {message}", highlight=False)
+        score = pretrain(cfg, folder) if cfg.mode == "pretrain" else train_and_test(cfg, folder)
+        code = 0
+        return score
+    except Exception as error:
+        if Requeue.was_asked():
+            raise SystemExit(1) from error  # what came of being ended is no failure of the job
+        told = as_told(error)
+        write_json(folder / "failure.json", {"error": told or repr(error), "traceback": traceback.format_exc()})
+        if told is None:
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:
+                raise
+            traceback.print_exc()
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]Error:[/] {escape(told or repr(error))}", highlight=False
+        )
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise  # the sweep goes on with its other jobs, and ends with an exit code that says so
+            return float("nan")
         sys.exit(1)
     finally:
-        wandb.finish()  # the next job of a sweep in this process begins a run of its own
+        wandb.finish(exit_code=code)
+
+
+def as_told(error: Exception) -> str | None:
+    """The message of an error that the user can mend; None for any other."""
+    cause = error.__cause__ if isinstance(error, InstantiationException) else error
+    return explain(cause) if isinstance(cause, EXPECTED) else None
 
 
 def quiet() -> None:
-    """Leaves out what Lightning says about choices made here on purpose."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    """Leaves out what Lightning says about choices made here on purpose, and what every process would say again."""
+    if not is_first():
+        logging.getLogger().setLevel(logging.ERROR)
+    for name in ("utilities.rank_zero", "trainer.connectors.signal_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     by_design = (
         "does not have many workers",
         "LeafSpec",
@@ -79,6 +107,9 @@ def quiet() -> None:
         "in eval mode",
         "Experiment logs",
         "could not find the monitored",
+        "The dirpath has changed",
+        "It is recommended to use `self.log",
+        "`srun` command is available",
     )
     for message in (f".*{words}.*" for words in by_design):
         warnings.filterwarnings("ignore", message)
@@ -88,6 +119,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     """Trains on the base classes, tests on the novel ones, leaves the results in `folder`."""
     if cfg.mode not in ("train", "test"):
         raise UserError(f"mode={cfg.mode} is not one of train, test, pretrain.")
+    loggers = make_loggers(cfg, folder)  # first, so that W&B knows of a job that fails in what follows
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: FewShotDataModule = instantiate(cfg.episodes)
     if cfg.fold.index == "all" and data.same:
@@ -104,33 +136,22 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         record,
         data.val_class_ids,
     )
-    trainer = make_trainer(cfg, folder, [EpochSeed(cfg.seed), EpochLog(), *checkpoint_callbacks(folder)])
+    trainer = make_trainer(cfg, folder, loggers, [StepSeed(cfg.seed), EpochLog(), *checkpoint_callbacks(folder)])
     if trainer.is_global_zero:
         results.print_setting(cfg, data, network)
 
     clock = {"start": time.time()}
     untrained = None
     if cfg.mode == "train":
-        start = start_of_training(cfg.ckpt, folder, cfg.resume)
-        if start:
-            checkpoint = read_checkpoint(start)
-            module.check_checkpoint(checkpoint)
-            if start.is_relative_to(folder):
-                check_same_training(start, checkpoint, record)
-            log.info("Going on from %s", start)
         if cfg.untrained:
             untrained = test(trainer, module, data, None)
         clock["fit"] = time.time()
-        trainer.fit(module, data, ckpt_path=start, weights_only=True)
-        best = find_checkpoint(None, folder, "best") or find_checkpoint(None, folder, "last")
-        if best is None:
-            raise UserError("The training ended before its first epoch did: there is no checkpoint to test.")
-        if best.stem == "last":
-            log.warning("The training ended before its first validation: the last state of the network is tested.")
+        best = train(cfg, folder, trainer, module, data)
     else:
-        best = find_checkpoint(cfg.ckpt, None, "best")
-        if best is None:
+        given = find_checkpoint(cfg.ckpt, None, "best")
+        if given is None:
             raise UserError("mode=test needs the checkpoint to test: ckpt=/path/to/best.ckpt, or its run's folder.")
+        best = given
     checkpoint = read_checkpoint(best)
     module.check_checkpoint(checkpoint)
     if cfg.mode == "test" and not data.same:
@@ -143,11 +164,41 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
 
     if trainer.is_global_zero:
         summary = results.make(cfg, data, network, trainer, result, untrained, best, checkpoint, clock)
-        results.write_json(folder / "results.json", summary)
+        write_json(folder / "results.json", summary)
         results.write_episodes(folder / "episodes.csv", data, result)
         panels.draw(folder / "predictions", data, module.to(trainer.strategy.root_device), result, cfg.panels)
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_results(summary, folder)
         results.print_scores(summary, folder)
-    return float(result.scores["miou"])
+    return results.val_miou(checkpoint)
+
+
+def train(cfg: DictConfig, folder: Path, trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule) -> Path:
+    """Trains, or finds the training that another run has finished; returns the checkpoint to test."""
+    start = start_of_training(cfg.ckpt, folder, cfg.resume)
+    if start:
+        checkpoint = read_checkpoint(start)
+        module.check_checkpoint(checkpoint)
+        if start.is_relative_to(folder):
+            check_same_training(start, checkpoint, module.record)
+    store = Path(cfg.trainings) if cfg.reuse and cfg.ckpt is None else None
+    shape = trainings.shape(cfg, data, module.network, trainer.world_size)
+    with trainings.claim(store, folder, shape, cfg.resume) as trained:
+        if trained is None:
+            start = start_of_training(cfg.ckpt, folder, cfg.resume)  # anew: it may have been taken over just now
+            if start:
+                log.info("Going on from %s", start)
+            trainer.fit(module, data, ckpt_path=start, weights_only=True)
+        else:
+            log.info("Trained already in %s (reuse=false trains anew)", trained)
+    run = trained or folder
+    best = find_checkpoint(None, run, "best") or find_checkpoint(None, run, "last")
+    if best is None:
+        raise UserError("The training ended before its first epoch did: there is no checkpoint to test.")
+    if best.stem == "last":
+        log.warning("The training ended before its first validation: the last state of the network is tested.")
+    return best
 
 
 def check_trained_on(record: dict[str, Any], data: FewShotDataModule) -> None:
@@ -160,23 +211,19 @@ def check_trained_on(record: dict[str, Any], data: FewShotDataModule) -> None:
         )
 
 
-def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks: list[L.Callback]) -> L.Trainer:
+    if Requeue.wanted():
+        callbacks.append(Requeue(folder))
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         default_root_dir=str(folder),
-        logger=make_loggers(cfg, folder),
+        logger=loggers,
         callbacks=[RichProgressBar(leave=False), *callbacks],
         plugins=[AtomicCheckpoints()],
         use_distributed_sampler=False,  # the DataModule shares the episodes out itself
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
-    hydra = HydraConfig.get()
-    if hydra.mode is RunMode.MULTIRUN and hydra.launcher._target_.endswith("BasicLauncher") and trainer.world_size > 1:
-        raise UserError(
-            "A sweep in one process (-m) cannot start several processes a job: use trainer.devices=1, or start the "
-            "jobs one by one without -m."
-        )
     return trainer
 
 
@@ -185,8 +232,9 @@ def test(trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule, ckp
     return module.test_result
 
 
-def pretrain(cfg: DictConfig, folder: Path) -> None:
+def pretrain(cfg: DictConfig, folder: Path) -> float:
     """Trains a backbone on the base classes' pixels; leaves `backbone.safetensors` in `folder`."""
+    loggers = make_loggers(cfg, folder)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     dataset, p = instantiate(cfg.dataset), cfg.pretrain
     size = cfg.episodes.image_size
@@ -196,7 +244,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> None:
         instantiate(cfg.backbone), len(pixels.base) + 1, instantiate(cfg.optimizer), instantiate(p.scheduler)
     )
     _, keep_last = checkpoint_callbacks(folder)
-    trainer = make_trainer(cfg, folder, [EpochLog(), keep_last])
+    trainer = make_trainer(cfg, folder, loggers, [EpochLog(), keep_last])
     data = PixelDataModule(pixels, p.batch_size, p.images_per_epoch, cfg.episodes.workers)
     start = start_of_training(cfg.ckpt, folder, cfg.resume)
     if start and read_checkpoint(start).get("state_dict", {}).keys() != module.state_dict().keys():
@@ -205,8 +253,9 @@ def pretrain(cfg: DictConfig, folder: Path) -> None:
     if trainer.is_global_zero:
         path = folder / "backbone.safetensors"
         module.save_backbone(path, trained_on(cfg, pixels))
-        results.write_json(folder / "results.json", {"mode": "pretrain", "backbone": str(path), **results.origin(cfg)})
+        write_json(folder / "results.json", {"mode": "pretrain", "backbone": str(path), **results.origin(cfg)})
         log.info("Backbone written. Use it by\n  backbone.weights=%s", path.absolute())
+    return float("nan")
 
 
 def trained_on(cfg: DictConfig, pixels: BasePixels) -> dict[str, Any]:

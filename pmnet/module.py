@@ -79,7 +79,7 @@ class FewShotModule(L.LightningModule):
             alone = [self.loss(logits[i : i + 1], masks[i : i + 1]).isfinite() for i in range(len(masks))]
             self.refuse([spec for spec, good in zip(batch.spec, alone, strict=True) if not good] or batch.spec)
         self.log("loss", loss, prog_bar=True, logger=False)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.spec))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch.spec))
         return loss
 
     def refuse(self, specs: list[Any]) -> None:
@@ -121,7 +121,7 @@ class FewShotModule(L.LightningModule):
         """Leaves `test_result`, the same on every process, for the runner to write down."""
         scores, all_foreground = self.test_iou.compute(), self.test_all_foreground.compute()
         index, iou = (metric.compute().reshape(-1) for metric in (self.test_index, self.test_episode_iou))
-        self.log_dict({"test/miou": scores["miou"], "test/fb_iou": scores["fb_iou"]})
+        self.log_dict({"test/miou": scores["miou"], "test/fb_iou": scores["fb_iou"]}, logger=False)
         self.test_result = TestResult(
             scores={name: value.tolist() for name, value in scores.items()},
             all_foreground={name: value.tolist() for name, value in all_foreground.items()},

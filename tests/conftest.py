@@ -24,7 +24,9 @@ def shared() -> Path:
 
 
 def command(*overrides: str) -> list[str]:
-    return [sys.executable, "run.py", *overrides]
+    """Trains anew unless told otherwise: no test is to find the training of another, or of yesterday."""
+    reuse = [] if any(o.startswith(("reuse=", "trainings=")) for o in overrides) else ["reuse=false"]
+    return [sys.executable, "run.py", *overrides, *reuse]
 
 
 def run(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

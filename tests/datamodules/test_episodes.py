@@ -46,7 +46,7 @@ def make(dataset, process=0, processes=1, **options) -> FewShotDataModule:
     """A DataModule as it is in one of several processes, which only its trainer knows."""
     data = FewShotDataModule(dataset, **(SETTING | options))
     device = SimpleNamespace(root_device=torch.device("cpu"))
-    data.trainer = SimpleNamespace(global_rank=process, world_size=processes, strategy=device)
+    data.trainer = SimpleNamespace(current_epoch=0, global_rank=process, world_size=processes, strategy=device)
     return data
 
 

@@ -1,0 +1,81 @@
+"""What a sweep leaves at its end: a report of its jobs, and a run in W&B that holds their means."""
+
+import statistics
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+
+from experiments.errors import UserError
+from experiments.report.__main__ import show
+from experiments.report.collect import collect
+from experiments.report.page import write
+from experiments.report.tables import Benchmark, Series, mean_of, number_columns
+
+
+def sum_up(folder: Path, cfg: DictConfig) -> int:
+    """Reports on a sweep; returns how many of its jobs did not finish."""
+    try:
+        found = collect([folder])
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(escape(str(error)), highlight=False)
+        return 1
+    if all(job.state == "not started" for job in found.jobs):
+        return len(found.jobs)  # what kept them from it has been told
+    benchmarks = write(found, folder / "report")
+    show(found, benchmarks, folder / "report")
+    if str(cfg.logger._target_).endswith("WandbLogger"):
+        log_summary(folder, cfg, benchmarks)
+    return len(found.jobs) - len(found.finished)
+
+
+def log_summary(folder: Path, cfg: DictConfig, benchmarks: list[Benchmark]) -> None:
+    """One W&B run: a table with a row a configuration and shot, its means as summary, figures and the page."""
+    import wandb
+
+    from experiments.loggers import WandbLogger
+
+    options = cast(dict[str, Any], OmegaConf.to_container(cfg.logger, resolve=False))
+    for name in ("_target_", "name", "group", "job_type", "tags", "save_dir", "checkpoint"):
+        options.pop(name, None)
+    rows = [line for b in benchmarks for s in b.series for shot in b.shots if (line := row(b, s, shot))]
+    folds = sorted({fold for line in rows for fold in line if fold.startswith("fold ")})
+    columns: list[str | int] = ["task", "dataset", "target", "backbone", "row", "shot", *folds, "miou", "fb_iou"]
+    name = folder.absolute().name
+    logger = WandbLogger(
+        save_dir=str(folder), name=f"summary of {name}", group="sweeps", job_type="summary", tags=["sweep"], **options
+    )
+
+    def send() -> None:
+        run = logger.experiment
+        run.config.update({"sweep": name})
+        run.log({"folds": wandb.Table(columns=columns, data=[[line.get(str(c)) for c in columns] for line in rows])})
+        for line in rows:
+            setting = "/".join(str(line[c]) for c in ("dataset", "target", "backbone", "row", "shot"))
+            for key in ("miou", "fb_iou"):
+                if line[key] is not None:
+                    run.summary[f"mean/{key}/{setting}-shot"] = line[key]
+        pictures = sorted((folder / "report" / "figures").glob("*.png"))
+        run.log({f"report/{p.stem}": wandb.Image(str(p)) for p in pictures})
+        run.save(str(folder / "report" / "report.html"), base_path=str(folder / "report"), policy="now")
+        run.finish()
+
+    logger.guard(send)
+
+
+def row(b: Benchmark, s: Series, shot: int) -> dict[str, Any]:
+    """A line of the table: mIoU of each fold, and the means over folds, None where folds are missing."""
+    if not any(k == shot for k, _ in s.runs):
+        return {}
+    line: dict[str, Any] = {"task": b.task, "dataset": b.dataset, "target": b.target, "backbone": b.backbone}
+    line |= {"row": s.name, "shot": shot}
+    for k, fold in number_columns(b)[0]:
+        values = s.values(shot, fold, "miou") if fold != "mean" else []
+        if k == shot and values:
+            line[f"fold {fold}"] = statistics.mean(values)
+    for key in ("miou", "fb_iou"):
+        values = s.values(shot, "all", key) if b.folds == ["all"] else mean_of(s, b, shot, key)
+        line[key] = statistics.mean(values) if values else None
+    return line

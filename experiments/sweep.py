@@ -1,0 +1,186 @@
+"""A multirun: each job alone in a process, a failure reported and passed over, and at the end a summary of all."""
+
+import ctypes
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+
+from experiments.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+RUN = Path(__file__).parents[1] / "run.py"
+
+
+class Sweep(Callback):
+    """Writes down what a sweep is to do, and at its end, whatever that is, what came of it."""
+
+    under_way: "Sweep | None" = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.folder, self.config = Path(config.hydra.sweep.dir), config
+        self.slurm = config.hydra.launcher._target_.endswith("SlurmLauncher")
+        if self.slurm and not shutil.which("sbatch"):
+            stop(
+                "launcher=slurm needs Slurm, and there is no sbatch on PATH. Start the sweep on a login node of the "
+                "cluster, or choose launcher=basic or launcher=parallel."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(self.folder / "sweep.json", {"command": sys.argv, "started": started, "jobs": planned(config)})
+        Sweep.under_way = self
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.end():
+            sys.exit(1)
+
+    def end(self) -> int:
+        """Reports what came of the jobs, and returns how many did not finish."""
+        from experiments.summary import sum_up  # torch, wandb and matplotlib take seconds to import
+
+        Sweep.under_way = None
+        if self.slurm:
+            wait_for_slurm(self.folder)
+        return sum_up(self.folder, self.config)
+
+
+def planned(config: DictConfig) -> list[dict[str, Any]] | None:
+    """The overrides of every job, in order; None where a search chooses them as it goes."""
+    if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+        return None
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    return [{"overrides": job} for job in BasicSweeper.split_arguments(overrides, None)[0]]
+
+
+def wait_for_slurm(folder: Path) -> None:
+    """Waits for the jobs that are still queued or running after another broke off (out of memory, say)."""
+    from submitit import SlurmJob
+
+    for job in sorted((folder / ".submitit").glob("*_*")):
+        if job.is_dir():
+            SlurmJob(folder=job, job_id=job.name).wait()
+
+
+def stop(message: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(message)}", highlight=False)
+    sys.exit(1)
+
+
+# A job
+
+
+def is_sweep_job() -> bool:
+    return not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def belongs_in_a_process_of_its_own() -> bool:
+    """Where Hydra runs the jobs of a sweep in processes that other jobs use too: everywhere but on Slurm."""
+    hydra = HydraConfig.get()
+    return hydra.mode is RunMode.MULTIRUN and not hydra.launcher._target_.endswith("SlurmLauncher")
+
+
+def run_alone(cfg: DictConfig) -> float:
+    """Runs this job as `python run.py <its overrides>`, so that it leaves nothing to the next, not even by a crash.
+
+    Returns:
+        What the sweep may optimise: validation mIoU in percent; NaN where the job failed.
+    """
+    hydra = HydraConfig.get()
+    folder, number = Path(hydra.runtime.output_dir), hydra.job.num
+    given = {"hydra.run.dir": folder, "hydra.sweep.dir": hydra.sweep.dir, "hydra.job.num": number, "hydra.mode": "RUN"}
+    command = [sys.executable, str(RUN), *config_flags(), *hydra.overrides.task]
+    command += [f"{key}={quoted(str(value))}" for key, value in given.items()]
+    in_turn = hydra.launcher._target_.endswith("BasicLauncher")
+    with ExitStack() as stack:
+        free = {} if in_turn else stack.enter_context(gpus_of_its_own(cfg.trainer.accelerator, cfg.trainer.devices))
+        output = None if in_turn else stack.enter_context((folder / "output.txt").open("a"))
+        done = subprocess.run(command, env=os.environ | free, stdout=output, stderr=output, check=False)
+    if done.returncode:
+        if not (folder / "failure.json").exists():
+            write_json(folder / "failure.json", {"error": broken_off(done.returncode), "traceback": None})
+        log.error("Job %d failed: %s", number, read_json(folder / "failure.json")["error"])
+        return float("nan")
+    record = read_json(folder / "results.json")
+    if not in_turn and "test" in record:
+        log.info("Job %d has finished: mIoU %.1f, %s", number, record["test"]["miou"], folder)
+    return record.get("checkpoint", {}).get("val_miou") or float("nan")
+
+
+def config_flags() -> list[str]:
+    """The flags that chose another config than this project's own."""
+    hydra = HydraConfig.get()
+    added = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    return [*added, f"--config-name={hydra.job.config_name}"]
+
+
+def quoted(value: str) -> str:
+    """As a value in Hydra's grammar."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def broken_off(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"The process was ended by {name}" + (" (out of memory?)." if name == "SIGKILL" else ".")
+    return f"The process ended with exit code {code}."
+
+
+def end_with_parent() -> None:
+    """Has the kernel end this process when the one that started it is gone, even if that was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+@contextmanager
+def gpus_of_its_own(accelerator: str, devices: Any) -> Iterator[dict[str, str]]:
+    """The environment that shows a job only GPUs which no other job on this machine has; waits until there are."""
+    if accelerator == "cpu":
+        yield {}
+        return
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if not isinstance(devices, int) or not 0 < devices <= len(every):
+        yield {}  # the job says what is wrong
+        return
+    locks = Path(tempfile.gettempdir()) / f"pmnet-gpus-{os.getuid()}"
+    with claimed(every, devices, locks) as chosen:
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+
+
+@contextmanager
+def claimed(names: Sequence[str], count: int, locks: Path) -> Iterator[list[str]]:
+    """Holds `count` of the names by lock files. One claims at a time, lest two wait for what the other has."""
+    locks.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        chosen: list[str] = []
+        with FileLock(locks / "choosing.lock"):
+            while len(chosen) < count:
+                for name in (n for n in names if n not in chosen):
+                    try:
+                        stack.enter_context(FileLock(locks / f"{name}.lock").acquire(timeout=0.1))
+                    except Timeout:
+                        continue
+                    chosen.append(name)
+                    if len(chosen) == count:
+                        break
+        yield chosen
