@@ -204,8 +204,8 @@ class FewShotDataModule(L.LightningDataModule):
         """Draws the lists before any image is opened, so that what is missing shows at once."""
         self.target.check(names_of(self.test_specs))
         if stage == "fit":
-            self.validation.check(names_of(self.val_specs))
             self.dataset.check(names for c in self.train_specs.images.values() for names in c)
+            self.validation.check(names_of(self.val_specs))
 
     def test_dataset(self) -> Episodes:
         return Episodes(self.target, self.test_specs, self.image_size)

@@ -82,7 +82,7 @@ def run_job(cfg: DictConfig) -> float:
             f"[bold red]Error:[/] {escape(told or repr(error))}", highlight=False
         )
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            return float("nan")
+            return sweep.passed_over(told or repr(error))
         sys.exit(1)
     finally:
         wandb.finish(exit_code=code)
@@ -213,6 +213,7 @@ def check_trained_on(record: dict[str, Any], data: FewShotDataModule) -> None:
 
 def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks: list[L.Callback]) -> L.Trainer:
     if Requeue.wanted():
+        check_tasks(cfg)
         callbacks.append(Requeue(folder))
     trainer: L.Trainer = instantiate(
         cfg.trainer,
@@ -225,6 +226,17 @@ def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks
         enable_model_summary=False,
     )
     return trainer
+
+
+def check_tasks(cfg: DictConfig) -> None:
+    """Raises UserError where Slurm has started another number of processes than the Trainer is to have."""
+    for name, variable in (("devices", "SLURM_NTASKS_PER_NODE"), ("num_nodes", "SLURM_NNODES")):
+        have, want = os.environ.get(variable), cfg.trainer[name]
+        if have is not None and str(want) != have:
+            raise UserError(
+                f"Slurm gave this job {variable}={have}, but trainer.{name}={want}. They follow from launcher.devices "
+                "and launcher.nodes, which are those of the whole sweep: start a sweep for each number of devices."
+            )
 
 
 def test(trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule, ckpt: Path | None) -> TestResult:

@@ -3,18 +3,18 @@
 import ctypes
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,6 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
+from experiments import slurm
+from experiments.errors import UserError
 from experiments.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -38,11 +40,10 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.folder, self.config = Path(config.hydra.sweep.dir), config
         self.slurm = config.hydra.launcher._target_.endswith("SlurmLauncher")
-        if self.slurm and not shutil.which("sbatch"):
-            stop(
-                "launcher=slurm needs Slurm, and there is no sbatch on PATH. Start the sweep on a login node of the "
-                "cluster, or choose launcher=basic or launcher=parallel."
-            )
+        if self.slurm:
+            if why := slurm.refusal(config.hydra.launcher):
+                stop(why)
+            slurm.watch_the_queue()
         self.folder.mkdir(parents=True, exist_ok=True)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(self.folder / "sweep.json", {"command": sys.argv, "started": started, "jobs": planned(config)})
@@ -58,7 +59,7 @@ class Sweep(Callback):
 
         Sweep.under_way = None
         if self.slurm:
-            wait_for_slurm(self.folder)
+            slurm.wait_for_the_rest(self.folder)
         return sum_up(self.folder, self.config)
 
 
@@ -68,15 +69,6 @@ def planned(config: DictConfig) -> list[dict[str, Any]] | None:
         return None
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     return [{"overrides": job} for job in BasicSweeper.split_arguments(overrides, None)[0]]
-
-
-def wait_for_slurm(folder: Path) -> None:
-    """Waits for the jobs that are still queued or running after another broke off (out of memory, say)."""
-    from submitit import SlurmJob
-
-    for job in sorted((folder / ".submitit").glob("*_*")):
-        if job.is_dir():
-            SlurmJob(folder=job, job_id=job.name).wait()
 
 
 def stop(message: str) -> NoReturn:
@@ -117,11 +109,19 @@ def run_alone(cfg: DictConfig) -> float:
         if not (folder / "failure.json").exists():
             write_json(folder / "failure.json", {"error": broken_off(done.returncode), "traceback": None})
         log.error("Job %d failed: %s", number, read_json(folder / "failure.json")["error"])
-        return float("nan")
+        return passed_over(read_json(folder / "failure.json")["error"])
     record = read_json(folder / "results.json")
     if not in_turn and "test" in record:
         log.info("Job %d has finished: mIoU %.1f, %s", number, record["test"]["miou"], folder)
-    return record.get("checkpoint", {}).get("val_miou") or float("nan")
+    score = record.get("checkpoint", {}).get("val_miou")
+    return float("nan") if score is None else score
+
+
+def passed_over(error: str) -> float:
+    """What a failed job returns: NaN; to a search, which would take that for a score, the error."""
+    if HydraConfig.get().sweeper._target_.endswith("BasicSweeper"):
+        return float("nan")
+    raise UserError(error)
 
 
 def config_flags() -> list[str]:
@@ -175,12 +175,18 @@ def claimed(names: Sequence[str], count: int, locks: Path) -> Iterator[list[str]
         chosen: list[str] = []
         with FileLock(locks / "choosing.lock"):
             while len(chosen) < count:
-                for name in (n for n in names if n not in chosen):
-                    try:
-                        stack.enter_context(FileLock(locks / f"{name}.lock").acquire(timeout=0.1))
-                    except Timeout:
-                        continue
-                    chosen.append(name)
-                    if len(chosen) == count:
-                        break
+                for name in names:
+                    lock = FileLock(locks / f"{name}.lock")
+                    if len(chosen) < count and name not in chosen and taken(lock):
+                        stack.callback(lock.release)
+                        chosen.append(name)
+                time.sleep(0.05)
         yield chosen
+
+
+def taken(lock: BaseFileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True

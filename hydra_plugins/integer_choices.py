@@ -13,7 +13,7 @@ from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.defaults_list import Overrides
 from hydra.core.override_parser.types import Override, OverrideType
 
-_init = Overrides.__init__
+_init = getattr(Overrides.__init__, "__wrapped__", Overrides.__init__)  # this module may be executed twice
 
 
 @wraps(_init)

@@ -26,7 +26,8 @@ def shared() -> Path:
 def command(*overrides: str) -> list[str]:
     """Trains anew unless told otherwise: no test is to find the training of another, or of yesterday."""
     reuse = [] if any(o.startswith(("reuse=", "trainings=")) for o in overrides) else ["reuse=false"]
-    return [sys.executable, "run.py", *overrides, *reuse]
+    flags_first = overrides[:1] and overrides[0].startswith("-")  # either way, overrides have to stand together
+    return [sys.executable, "run.py", *(() if flags_first else reuse), *overrides, *(reuse if flags_first else ())]
 
 
 def run(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -57,7 +57,9 @@ def test_integers_stay_integers_where_they_are_values():
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_every_file_composes_and_has_the_last_word(path):
-    cfg = OmegaConf.to_container(compose("config", [f"{path.parent}={path.name}"]))
+    cfg = OmegaConf.to_container(
+        compose("config", [f"{path.parent}={path.name}"], return_hydra_config=True), enum_to_str=True
+    )
     own = OmegaConf.to_container(OmegaConf.load(CONF / path.with_suffix(".yaml")))
     own.pop("defaults", None)
     whole = "@package _global_" in (CONF / path.with_suffix(".yaml")).read_text()

@@ -17,6 +17,7 @@ from experiments.report import figures, tables
 from experiments.report.collect import Found, Job
 from experiments.report.tables import Benchmark
 
+STATES = ("finished", "failed", "unfinished", "not started")
 WIDEST = 1400  # pixels of a panel on the page
 
 
@@ -50,7 +51,8 @@ def title(found: Found) -> str:
 
 def state_lines(found: Found) -> list[str]:
     """What is there, what is missing and why."""
-    counts = Counter(job.state for job in found.jobs)
+    counted = Counter(job.state for job in found.jobs)
+    counts = {state: counted[state] for state in STATES if counted[state]}
     return [
         f"{', '.join(f'{n} {state}' for state, n in counts.items())} of {len(found.jobs)} runs",
         *missing(found),

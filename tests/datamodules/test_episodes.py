@@ -272,11 +272,46 @@ def test_epoch_has_one_episode_a_pair_unless_told_otherwise(folder):
     assert len(data.train_dataloader()) == pairs == data.train_specs.pairs
 
 
-def test_validation_is_the_head_of_the_test_list(folder):
-    data = make(folder)
+def test_validation_is_the_head_of_the_test_list_of_as_many_shots(folder):
+    data = make(folder, train_shot=2)
     validation, test = one_by_one(data.val_dataloader()), one_by_one(data.test_dataloader())
     assert len(validation) == 5
     assert all(same(a, b) for a, b in zip(validation, test, strict=False))
+
+
+def test_validation_is_the_same_whatever_shot_is_tested(folder):
+    one, two = (one_by_one(make(folder, shot=k).val_dataloader()) for k in (1, 2))
+    assert all(same(a, b) for a, b in zip(one, two, strict=True))
+    assert one[0].support.shape[1] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_in_the_middle_of_an_epoch(folder, workers):
+    """After three batches: the loader's state, loaded into another, gives the batches that were left."""
+    whole = make(folder, batch_size=2, workers=workers).train_dataloader()
+    whole.sampler.set_epoch(1)
+    batches = iter(whole)
+    for _ in range(3):
+        next(batches)
+    state, rest = whole.state_dict(), list(batches)
+    data = make(folder, batch_size=2, workers=workers)
+    data.trainer.current_epoch = 1
+    resumed = data.train_dataloader()
+    resumed.load_state_dict(state)
+    left = list(resumed)
+    assert state == {"batches": 3}
+    assert len(left) == len(rest) == 2
+    assert all(same(a, b) for a, b in zip(left, rest, strict=True))
+    resumed.sampler.set_epoch(2)
+    assert len(list(resumed)) == len(whole) == 5
+
+
+def test_epoch_that_was_finished_is_not_gone_on_with(folder):
+    loader = make(folder, batch_size=2).train_dataloader()
+    list(loader)
+    other = make(folder, batch_size=2).train_dataloader()
+    other.load_state_dict(loader.state_dict())
+    assert len(list(other)) == 5
 
 
 @pytest.mark.parametrize("processes, count", [(2, 11), (2, 10), (3, 11), (4, 2)])
