@@ -1,8 +1,7 @@
 """The LightningDataModule: train, validation and test episodes of one fold of one setting."""
 
 import logging
-import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from datamodules.base import Episodes, FewShotDataset, Fold
 from datamodules.cache import ImageCache
 from datamodules.episode import IGNORE, Episode, EpisodeSpec
 from datamodules.errors import DatasetError
+from datamodules.loader import EpisodeLoader, TrainingLoader, leave_the_end_to_the_first
 from datamodules.registry import all_datasets
 from datamodules.sampler import EpochSampler, TrainingEpisodes, json_hash, list_hash
 from datamodules.tasks import check_pair, same_benchmark
@@ -246,7 +246,12 @@ class FewShotDataModule(L.LightningDataModule):
         return self.loader(episodes, self.test_batch_size, mine, keep_workers)
 
     def loader(  # type: ignore[no-untyped-def]
-        self, episodes: Episodes, batch_size: int, sampler, keep_workers: bool, kind: type[DataLoader] = DataLoader
+        self,
+        episodes: Episodes,
+        batch_size: int,
+        sampler,
+        keep_workers: bool,
+        kind: type[EpisodeLoader] = EpisodeLoader,
     ) -> DataLoader[Episode]:
         return kind(
             episodes,
@@ -266,29 +271,6 @@ class FewShotDataModule(L.LightningDataModule):
     def place(self) -> tuple[int, int]:
         """(this process, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-
-class TrainingLoader(DataLoader[Episode]):
-    """Goes on in the middle of an epoch. The Trainer saves and loads the state with its checkpoints."""
-
-    given = 0  # batches of this epoch so far
-
-    def __iter__(self) -> Iterator[Episode]:  # type: ignore[override]
-        self.given = self.sampler.skip  # type: ignore[attr-defined]
-        for batch in super().__iter__():
-            self.given += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"batches": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.skip = state["batches"] % len(self)  # type: ignore[attr-defined]
-
-
-def leave_the_end_to_the_first(worker: int) -> None:
-    """A cluster sends SIGTERM to every process of a job: those that read images go on until the first has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def names_of(specs: list[EpisodeSpec]) -> Iterable[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from experiments.errors import UserError
 from experiments.files import read_json
@@ -17,9 +18,13 @@ UNSHAPING = {  # what a config may differ in and still be the same row of a tabl
     *("fold", "shot", "seed", "mode", "ckpt", "resume", "reuse", "trainings", "panels", "untrained", "data"),
     *("logger", "launcher", "hydra", "task", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.log_every_n_steps", "dataset.root", "target.root", "validation.root"),
-    *("backbone.download", "episodes._target_", "episodes.dataset", "episodes.target", "episodes.validation"),
-    *("episodes.task", "episodes.fold", "episodes.shot", "episodes.train_shot", "episodes.seed", "episodes.cache"),
-    *("episodes.workers", "episodes.test_batch_size"),
+    *("backbone.weights", "backbone.download", "episodes._target_", "episodes.dataset", "episodes.target"),
+    *("episodes.validation", "episodes.task", "episodes.fold", "episodes.shot", "episodes.train_shot"),
+    *("episodes.seed", "episodes.cache", "episodes.workers", "episodes.test_batch_size"),
+}
+OF_TRAINING = {  # what a test of trained weights has in its config, but not from them
+    *("optimizer", "scheduler", "loss", "trainer", "train_shot", "validation", "model.dropout"),
+    *("episodes.batch_size", "episodes.per_epoch", "episodes.val", "episodes.novel_pixels"),
 }
 
 
@@ -31,12 +36,15 @@ class Job:
         folder: of the run; None of one that has not started.
         record: its results.json; empty unless it finished.
         error: why it failed, if it did.
+        url: of its run in W&B, if it came from there.
     """
 
     folder: Path | None
     overrides: list[str]
     record: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    name: str = ""
+    url: str | None = None
 
     @property
     def state(self) -> str:
@@ -47,35 +55,53 @@ class Job:
         return "not started" if self.folder is None else "unfinished"
 
     @property
-    def name(self) -> str:
-        return self.folder.name if self.folder else " ".join(o for o in self.overrides if "." not in o.split("=")[0])
-
-    @cached_property
     def setting(self) -> dict[str, Any]:
         return self.record.get("setting", {})
 
     @cached_property
     def benchmark(self) -> tuple[str, str, str, str]:
         """(task, dataset, target, backbone)."""
-        s = self.setting
-        return (s.get("task", "cross_category"), s["dataset"], s.get("target", s["dataset"]), s.get("backbone", "?"))
+        s, config = self.setting, self.record.get("config", {})
+        dataset, target = s["dataset"], s.get("target", s["dataset"])
+        roots = [(config.get(k) or {}).get("root") for k in ("dataset", "target")]
+        own = [f"folder {Path(root).name}" if root else "folder" for root in roots]
+        return (
+            s.get("task", "cross_category"),
+            own[0] if dataset == "folder" else dataset,
+            own[1 if roots[1] else 0] if target == "folder" else target,
+            s.get("backbone", "?"),
+        )
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The values that shape its numbers, by dotted name."""
-        values = {
-            "model": self.setting.get("model", "pmnet"),
-            "weights": self.record.get("backbone", {}).get("weights"),
-        }
-        for name, value in flat(self.record.get("config", {})):
-            if not any(name == u or name.startswith(f"{u}.") for u in UNSHAPING):
-                values[name] = value
-        return values
+        values = {"model": self.setting.get("model", "pmnet"), "weights": self.weights}
+        shaping = {k: v for k, v in flat(self.record.get("config", {})) if not within(k, UNSHAPING)}
+        if self.record.get("mode") == "test":
+            trained = read_json(self.trained_by / "results.json").get("config") if self.trained_by else None
+            shaping = {k: v for k, v in shaping.items() if not within(k, OF_TRAINING)}
+            if trained:
+                shaping |= {k: v for k, v in flat(trained) if within(k, OF_TRAINING) and not within(k, UNSHAPING)}
+            else:
+                values["trained by"] = str(self.trained_by)
+        checkpoint = self.record.get("checkpoint", {}).get("path")
+        return values | {"checkpoint": Path(checkpoint).stem if checkpoint else "best"} | shaping
 
     @property
+    def weights(self) -> str | None:
+        """The backbone's; a file that was taught base classes is another in each fold, and yet the same choice."""
+        backbone = self.record.get("backbone", {})
+        weights, taught = backbone.get("weights"), (backbone.get("trained_on") or {}).get("dataset")
+        return f"taught on {taught}" if taught and Path(weights).suffix else weights
+
+    @cached_property
     def trained_by(self) -> Path | None:
+        """The folder of the run that trained what it tests; after a move, the one of that name beside it."""
         run = self.record.get("training", {}).get("run")
-        return Path(run) if run else self.folder
+        if not run or self.folder is None:
+            return self.folder
+        moved = self.folder.parent / Path(run).name
+        return moved if moved.is_dir() and not Path(run).is_dir() else Path(run)
 
 
 @dataclass
@@ -83,6 +109,7 @@ class Sweep:
     folder: Path
     command: list[str]
     started: str
+    planned: list[list[str]]
 
 
 @dataclass
@@ -97,6 +124,15 @@ class Found:
     def finished(self) -> list[Job]:
         return [job for job in self.jobs if job.state == "finished"]
 
+    @property
+    def tested(self) -> list[Job]:
+        """Those with numbers: a pretraining of a backbone has none."""
+        return [job for job in self.finished if "test" in job.record]
+
+    def name_of(self, folder: Path) -> str:
+        names = (job.name for job in self.jobs if job.folder and job.folder.absolute() == folder.absolute())
+        return next(names, "/".join(folder.parts[-2:]))
+
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
@@ -106,29 +142,37 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+def within(name: str, groups: Iterable[str]) -> bool:
+    return any(name == group or name.startswith(f"{group}.") for group in groups)
+
+
 def collect(folders: Sequence[Path]) -> Found:
     """The runs in these folders or anywhere below them. They may be written to meanwhile.
 
     Raises:
         UserError: a folder is missing, or there is no run in any.
     """
-    found = Found([], [], [])
+    found, seen = Found([], [], []), set()
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder.absolute()} to report on.")
         for place in sorted(places(folder), key=by_number):
+            if place.resolve() in seen:
+                continue
+            seen.add(place.resolve())
             if (place / "sweep.json").exists():
-                plan = read_json(place / "sweep.json")
-                found.sweeps.append(Sweep(place, plan.get("command", []), plan.get("started", "")))
+                found.sweeps.append(read_sweep(place, found.notes))
             if (job := read_job(place, found.notes)) is not None:
                 found.jobs.append(job)
+    give_names(found)
     for sweep in found.sweeps:
         begun = [job.overrides for job in found.jobs if job.folder and job.folder.is_relative_to(sweep.folder)]
-        for plan in read_json(sweep.folder / "sweep.json").get("jobs") or []:
-            if plan["overrides"] in begun:
-                begun.remove(plan["overrides"])
+        for overrides in sweep.planned:
+            if overrides in begun:
+                begun.remove(overrides)
             else:
-                found.jobs.append(Job(None, plan["overrides"]))
+                short = " ".join(o for o in overrides if "." not in o.split("=")[0])
+                found.jobs.append(Job(None, overrides, name=short or " ".join(overrides)))
     if not found.jobs:
         where = ", ".join(str(f.absolute()) for f in folders)
         raise UserError(f"No run in {where}: give the folder of a run or of a sweep, which has results.json below it.")
@@ -147,24 +191,47 @@ def places(folder: Path) -> Iterator[Path]:
 
 
 def by_number(path: Path) -> list[Any]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(path)) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path)) if part]
+
+
+def read_sweep(folder: Path, notes: list[str]) -> Sweep:
+    plan = read_json(folder / "sweep.json")
+    if not plan:
+        notes.append(f"{folder.name}: sweep.json cannot be read; which runs it planned is not known.")
+    planned = [job["overrides"] for job in plan.get("jobs") or []]
+    return Sweep(folder, plan.get("command", []), plan.get("started", ""), planned)
 
 
 def read_job(folder: Path, notes: list[str]) -> Job | None:
-    """None where the folder is a sweep's, or a run's that tests nothing."""
+    """None where the folder is a sweep's."""
     overrides = folder / ".hydra" / "overrides.yaml"
-    given = OmegaConf.to_container(OmegaConf.load(overrides)) if overrides.exists() else []
-    job = Job(folder, [str(o) for o in given] if isinstance(given, list) else [])
-    job.overrides = [o for o in job.overrides if not o.startswith("hydra.")]
-    record, error = read_json(folder / "results.json"), read_json(folder / "failure.json").get("error")
-    if record.get("mode") == "pretrain" or "mode=pretrain" in job.overrides:
-        return None
-    if (folder / "results.json").exists() and not {"setting", "test"} <= record.keys():
-        notes.append(f"{folder.name}: results.json cannot be read; the run counts as unfinished.")
-    elif record and not error:
+    try:
+        given = OmegaConf.to_container(OmegaConf.load(overrides)) if overrides.exists() else []
+    except (YAMLError, OSError, UnicodeDecodeError):
+        given = []  # half written
+    job = Job(folder, [str(o) for o in given if not str(o).startswith("hydra.")] if isinstance(given, list) else [])
+    record, job.error = read_json(folder / "results.json"), read_json(folder / "failure.json").get("error")
+    if job.error is None and (record.get("mode") == "pretrain" or is_whole(record)):
         job.record = record
-    job.error = error
-    return job if job.record or error or overrides.exists() or (folder / "results.json").exists() else None
+    elif job.error is None and (folder / "results.json").exists():
+        notes.append(f"{folder.name}: results.json cannot be read, or lacks numbers; the run counts as unfinished.")
+    return job if job.error or (folder / ".hydra").exists() or (folder / "results.json").exists() else None
+
+
+def is_whole(record: dict[str, Any]) -> bool:
+    """Whether a record has what every table needs; records of older versions may lack the rest."""
+    test, setting = record.get("test"), record.get("setting")
+    if not isinstance(test, dict) or not isinstance(setting, dict):
+        return False
+    test.setdefault("iou_per_class", {})
+    return "dataset" in setting and all(isinstance(test.get(k), int | float) for k in ("miou", "fb_iou"))
+
+
+def give_names(found: Found) -> None:
+    """Each run by its folder, as far as that tells it from the others."""
+    folders = [job.folder.absolute() for job in found.jobs if job.folder]
+    for job, folder in zip([job for job in found.jobs if job.folder], folders, strict=True):
+        job.name = str(folder.relative_to(os.path.commonpath([f.parent for f in folders])))
 
 
 def from_wandb(path: str, folder: Path) -> Found:
@@ -184,17 +251,22 @@ def from_wandb(path: str, folder: Path) -> Found:
         raise UserError(f"--wandb takes entity/project/group, not {path}.") from None
     jobs = []
     try:
-        for run in wandb.Api().runs(f"{entity}/{project}", filters={"group": group}):
+        for run in wandb.Api().runs(f"{entity}/{project}", filters={"group": group}, order="+created_at"):
             if run.job_type == "summary":
                 continue
-            place = folder / run.id
+            job = Job(folder / run.id, [], name=run.name, url=run.url)
             stored = {file.name: file for file in run.files()}
             if "results.json" in stored:
-                stored["results.json"].download(root=str(place), replace=True)
-            record = read_json(place / "results.json")
-            jobs.append(Job(place, [run.name], record, None if record else f"W&B has no results of it: {run.state}"))
+                stored["results.json"].download(root=str(job.folder), replace=True)
+            record = read_json(folder / run.id / "results.json")
+            if record.get("mode") == "pretrain" or is_whole(record):
+                job.record = record
+            elif run.state not in ("running", "pending"):
+                job.error = f"W&B has no results of it, which is {run.state}"
+            jobs.append(job)
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B did not give the runs of {path}: {error}. Is there a key (wandb login)?") from error
+        told = str(error).rstrip(".")
+        raise UserError(f"W&B did not give the runs of {path}: {told}. Is there a key (wandb login)?") from error
     if not jobs:
         raise UserError(f"W&B has no run in the group {group} of {entity}/{project}.")
     return Found(jobs, [], [])

@@ -3,6 +3,7 @@
 import csv
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,61 +11,70 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from experiments.report.collect import Job
-from experiments.report.tables import NONE, Benchmark, Series, mean_of, method, published
+from experiments.report.collect import Found, by_number
+from experiments.report.tables import (
+    NONE,
+    Benchmark,
+    Series,
+    as_printed,
+    mean_of,
+    measured,
+    method,
+    part_name,
+    parts,
+    printed_value,
+    published,
+)
 
 matplotlib.use("Agg")
+ROWS, MOST = 10, 160  # rows of a table, and classes, in a figure
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]  # Okabe and Ito's
+HATCHES = ("//", "", "..")  # published, ours, ours when colours are used again
 SHORT = {"cross_category": "", "cross_dataset": "cross-dataset\n", "cross_domain": "cross-domain\n"}
+
+
+def leading(b: Benchmark) -> list[Series]:
+    """Of many rows, as a search makes, those with the best numbers."""
+    means = {s.name: statistics.mean(job.record["test"]["miou"] for job in s.jobs) for s in b.series}
+    best = sorted(means, key=lambda name: -means[name])[:ROWS]
+    return [s for s in b.series if s.name in best]
 
 
 def folds(b: Benchmark) -> Figure:
     """Bars of each fold and shot; published HSNet and PMNet beside ours."""
+    series = leading(b)
     compared = [e for e in b.published if e["method"] in ("HSNet", "PMNet") and not e.get("ablation")]
-    names = list(dict.fromkeys(method(e) for e in compared)) + [s.name for s in b.series]
-    fig = Figure(
-        figsize=(max(5.0, 1.1 + 0.32 * len(names) * (len(b.folds) + 1)), 3.1 * len(b.shots)), layout="constrained"
-    )
+    printed = list(dict.fromkeys(method(e) for e in compared))
+    names = [*(f"{name}, published" for name in printed), *(s.name for s in series)]
+    size = (max(6.0, 1.1 + 0.34 * len(names) * len(parts(b))), 2.6 * len(b.shots) + 0.2 * len(names))
+    fig = Figure(figsize=size, layout="constrained")
     for axis, shot in zip(fig.subplots(len(b.shots), 1, squeeze=False)[:, 0], b.shots, strict=True):
-        heads = b.folds if b.folds == ["all"] else [*b.folds, "mean"]
-        for i, name in enumerate(names):
-            values, errors = [], []
-            for fold in heads:
-                mean, error = value_of(b, name, shot, fold)
-                values.append(mean)
-                errors.append(error)
-            places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(heads))]
-            hatch = "//" if i < len(names) - len(b.series) else None
+        lines = []
+        for name in printed:
+            entry = next((e for e in compared if method(e) == name and e["shot"] == shot), {})
+            values = [printed_value(entry, part) for part in parts(b)]
+            lines.append([[] if v is None else [v] for v in values])
+        lines += [[measured(s, b, shot, part, "miou") for part in parts(b)] for s in series]
+        for i, (name, line) in enumerate(zip(names, lines, strict=True)):
+            means = [statistics.mean(values) if values else math.nan for values in line]
+            errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in line]
+            places = [j + (i - (len(names) - 1) / 2) * 0.84 / len(names) for j in range(len(means))]
             bars = axis.bar(
-                places, values, 0.8 / len(names), yerr=errors if any(errors) else None,
-                color=COLOURS[i % len(COLOURS)], label=name, hatch=hatch, edgecolor="white",
+                places, means, 0.84 / len(names), yerr=errors if any(errors) else None, label=plain_text(name),
+                color=COLOURS[i % len(COLOURS)], edgecolor="white",
+                hatch=HATCHES[0 if i < len(printed) else 1 + i // len(COLOURS)],
             )  # fmt: skip
-            labels = ["" if math.isnan(v) else f"{v:.1f}" for v in values]
-            axis.bar_label(bars, labels, fontsize=7, padding=1)
-        axis.set_xticks(range(len(heads)), [h if isinstance(h, str) else f"fold {h}" for h in heads])
+            axis.bar_label(bars, ["" if math.isnan(m) else f"{m:.1f}" for m in means], fontsize=7, padding=1)
+        axis.set_xticks(range(len(parts(b))), [part_name(part) for part in parts(b)])
+        axis.set_xlim(-0.5, len(parts(b)) - 0.5)
         axis.set_ylabel("mIoU in %")
         axis.set_title(f"{shot}-shot", fontsize=10, loc="left")
         axis.margins(y=0.12)
         clean(axis)
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=8, frameon=False)
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8, frameon=False)
     return fig
-
-
-def value_of(b: Benchmark, name: str, shot: int, fold: object) -> tuple[float, float]:
-    """Mean and standard deviation over seeds; NaN where there is none."""
-    values: list[float] = []
-    for s in b.series:
-        if s.name == name:
-            values = mean_of(s, b, shot, "miou") if fold == "mean" else s.values(shot, fold, "miou")
-    for e in b.published:
-        if method(e) == name and e["shot"] == shot:
-            printed = dict(enumerate(e.get("folds", ())))
-            value = e["miou"] if fold in ("mean", "all") else printed.get(fold)  # type: ignore[call-overload]
-            values = [] if value is None else [value]
-    if not values:
-        return math.nan, 0.0
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def radar(found: Sequence[Benchmark]) -> Figure | None:
@@ -72,11 +82,14 @@ def radar(found: Sequence[Benchmark]) -> Figure | None:
 
     Of ours, the backbone and shot with most benchmarks are drawn. None where they have no published benchmark.
     """
-    candidates = sorted({(b.backbone, shot) for b in found for shot in b.shots}, key=lambda c: (c[0] != "resnet50", c))
-    covered = {c: [b for b in found if b.backbone == c[0] and best_of(b, c[1])] for c in candidates}
-    chosen = max(candidates, key=lambda c: sum(bool(b.published) for b in covered[c]), default=None)
-    if chosen is None or not any(b.published for b in covered[chosen]):
+    covered: dict[tuple[str, int], list[Benchmark]] = defaultdict(list)
+    for b in found:
+        for shot in b.shots:
+            if any(e["shot"] == shot for e in b.published) and best_of(b, shot) is not None:
+                covered[b.backbone, shot].append(b)
+    if not covered:
         return None
+    chosen = max(covered, key=lambda c: (len(covered[c]), c[0] == "resnet50", -c[1]))
     backbone, shot = chosen
     entries = [e for e in published() if (e["backbone"], e["shot"]) == chosen and not e.get("ablation")]
     axes = list(dict.fromkeys((e["task"], e["dataset"], e["target"]) for e in entries if e["method"] == "PMNet"))
@@ -84,8 +97,8 @@ def radar(found: Sequence[Benchmark]) -> Figure | None:
     for name in ("HSNet", "PMNet"):
         printed = {(e["task"], e["dataset"], e["target"]): e["miou"] for e in entries if e["method"] == name}
         lines[f"{name}, published"] = [printed.get(a, math.nan) for a in axes]
-    ours = {(b.task, b.dataset, b.target): best_of(b, shot) for b in covered[chosen]}
-    lines["ours (best row)"] = [ours.get(a) or math.nan for a in axes]
+    ours = {(b.task, b.dataset, b.target): round(best_of(b, shot) or 0.0, 1) for b in covered[chosen]}
+    lines["ours (best row)"] = [ours.get(a, math.nan) for a in axes]
     most = [max(v for line in lines.values() if not math.isnan(v := line[i])) for i in range(len(axes))]
     fig = Figure(figsize=(8.4, 6.4), layout="constrained")
     axis: Any = fig.add_subplot(projection="polar")
@@ -97,7 +110,7 @@ def radar(found: Sequence[Benchmark]) -> Figure | None:
         )
     labels = [
         f"{SHORT[task]}{dataset if dataset == target else f'{dataset} → {target}'}\n"
-        + " / ".join(NONE if math.isnan(line[i]) else f"{line[i]:.1f}" for line in lines.values())
+        + " / ".join(NONE if math.isnan(v := line[i]) else as_printed(v) for line in lines.values())
         for i, (task, dataset, target) in enumerate(axes)
     ]
     axis.set_theta_zero_location("N")
@@ -114,55 +127,48 @@ def radar(found: Sequence[Benchmark]) -> Figure | None:
 
 
 def best_of(b: Benchmark, shot: int) -> float | None:
-    """The best mean mIoU of ours with all its folds there."""
-    values = [s.values(shot, "all", "miou") if b.folds == ["all"] else mean_of(s, b, shot, "miou") for s in b.series]
+    """The best mIoU of ours: the mean over all folds, or of the network that learned the whole dataset."""
+    values = [mean_of(s, b, shot, "miou") if b.cut else s.values(shot, "all", "miou") for s in b.series]
     return max((statistics.mean(v) for v in values if v), default=None)
 
 
 def classes(b: Benchmark, s: Series) -> Figure:
-    """IoU of each class, sorted, coloured by fold; a panel a shot."""
-    per_shot: dict[int, list[tuple[float, str, object]]] = {}
+    """IoU of each class, sorted, coloured by fold; a panel a shot. Of very many, the lowest and the highest."""
+    panels: dict[int, list[tuple[float, str, Any]]] = {}
     for shot in sorted({shot for shot, _ in s.runs}):
-        bars: list[tuple[float, str, object]] = []
-        for fold in b.folds:
-            jobs = s.runs.get((shot, fold), [])
-            for name in jobs[0].record["test"]["iou_per_class"] if jobs else ():
-                values = [
-                    j.record["test"]["iou_per_class"][name] for j in jobs if name in j.record["test"]["iou_per_class"]
-                ]
-                bars.append((statistics.mean(values), name, fold))
-        per_shot[shot] = sorted(bars, key=lambda bar: bar[0])
-    longest = max(map(len, per_shot.values()))
-    fig = Figure(figsize=(4.6 * len(per_shot), 0.9 + 0.21 * longest), layout="constrained")
-    for axis, (shot, bars) in zip(fig.subplots(1, len(per_shot), squeeze=False)[0], per_shot.items(), strict=True):
-        for i, (value, _, fold) in enumerate(bars):
+        bars = [
+            (statistics.mean(s.of_class(shot, fold, name)), name, fold)
+            for fold in b.folds
+            for name in s.classes(shot, fold)
+        ]
+        panels[shot] = sorted(bars, key=lambda bar: bar[0])
+    longest = min(max(map(len, panels.values())), MOST)
+    fig = Figure(figsize=(4.8 * len(panels), 1.3 + 0.21 * longest), layout="constrained")
+    for axis, (shot, bars) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        shown = bars if len(bars) <= MOST else bars[: MOST // 2] + bars[-MOST // 2 :]
+        for i, (value, _, fold) in enumerate(shown):
             axis.barh(i, value, color=COLOURS[b.folds.index(fold) % len(COLOURS)])
             axis.text(value, i, f" {value:.1f}", va="center", fontsize=7)
-        axis.set_yticks(range(len(bars)), [name for _, name, _ in bars], fontsize=8)
+        axis.set_yticks(range(len(shown)), [plain_text(name) for _, name, _ in shown], fontsize=8)
         axis.set_ylim(-0.6, max(longest, 1) - 0.4)
         axis.set_xlabel("IoU in %")
-        axis.set_title(f"{shot}-shot", fontsize=10, loc="left")
+        some = f", lowest and highest of {len(bars)}" if len(bars) > MOST else ""
+        axis.set_title(f"{shot}-shot{some}", fontsize=10, loc="left")
         axis.margins(x=0.12)
         clean(axis)
-    handles = [
-        matplotlib.patches.Patch(color=COLOURS[i % len(COLOURS)], label=f"fold {f}") for i, f in enumerate(b.folds)
-    ]
-    fig.legend(handles=handles, loc="outside upper left", ncols=len(b.folds), fontsize=8, frameon=False)
+    handles = [Patch(color=COLOURS[i % len(COLOURS)], label=f"fold {f}") for i, f in enumerate(b.folds)]
+    fig.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8, frameon=False)
     return fig
 
 
-def curves(jobs: Sequence[Job]) -> Figure | None:
+def curves(found: Found) -> Figure | None:
     """Validation mIoU and training loss over epochs, a line a training; None where no run has any."""
-    runs: dict[Path, str] = {}
-    for job in jobs:
-        if job.trained_by and job.trained_by not in runs:
-            runs[job.trained_by] = job.trained_by.name
-    lines = {name: read_curves(run) for run, name in runs.items()}
+    runs = dict.fromkeys(job.trained_by for job in found.jobs if job.trained_by)
+    lines = {found.name_of(run): read_curves(run) for run in runs}
     lines = {name: line for name, line in lines.items() if any(line.values())}
     if not lines:
         return None
-    rows = math.ceil(len(lines) / 2)
-    fig = Figure(figsize=(9.6, 3.2 + 0.18 * rows), layout="constrained")
+    fig = Figure(figsize=(9.6, 3.2 + 0.18 * math.ceil(len(lines) / 3)), layout="constrained")
     for axis, key, label in zip(
         fig.subplots(1, 2), ("val/miou", "train/loss"), ("validation mIoU in %", "training loss"), strict=True
     ):
@@ -171,30 +177,38 @@ def curves(jobs: Sequence[Job]) -> Figure | None:
             style = ("-", "--", ":")[i // len(COLOURS) % 3]
             axis.plot(
                 [x + 1 for x, _ in points], [y for _, y in points], f"o{style}", ms=3, lw=1.3,
-                color=COLOURS[i % len(COLOURS)], label=name,
+                color=COLOURS[i % len(COLOURS)], label=plain_text(name),
             )  # fmt: skip
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         clean(axis)
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8, frameon=False)
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
     return fig
 
 
 def read_curves(run: Path) -> dict[str, dict[int, float]]:
-    """Epoch -> value, of metrics.csv and of the parts before an interruption; a line half written is passed over."""
+    """Epoch -> value, of metrics.csv and of the parts before an interruption; the later of two of an epoch counts."""
     result: dict[str, dict[int, float]] = {"val/miou": {}, "train/loss": {}}
-    parts = sorted(run.glob("metrics-*.csv"), key=lambda p: (p.stem.startswith("metrics-of"), p.stem))
+    parts = [
+        path for name in ("metrics-of-*.csv", "metrics-[0-9]*.csv") for path in sorted(run.glob(name), key=by_number)
+    ]
     for path in [*parts, run / "metrics.csv"]:
         if not path.is_file():
             continue
-        for row in csv.DictReader(path.read_text().splitlines()):
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        for row in csv.DictReader(line for line in lines if line.endswith("\n")):  # the last may be half written
             for key, points in result.items():
                 try:
                     points[int(row["epoch"])] = float(row[key])
                 except (KeyError, TypeError, ValueError):
                     continue
     return result
+
+
+def plain_text(name: str) -> str:
+    """Of which matplotlib takes nothing for mathematics."""
+    return name.replace("$", r"\$")
 
 
 def clean(axis: Axes) -> None:

@@ -2,12 +2,16 @@
 
 import base64
 import io
+import math
 import os
+import re
+import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
@@ -15,162 +19,204 @@ from PIL import Image
 
 from experiments.report import figures, tables
 from experiments.report.collect import Found, Job
-from experiments.report.tables import Benchmark
+from experiments.report.tables import Benchmark, Table
 
 STATES = ("finished", "failed", "unfinished", "not started")
-WIDEST = 1400  # pixels of a panel on the page
+WIDEST = 1000  # pixels of a panel on the page; of more than 16 runs they are smaller
+
+
+@dataclass
+class Section:
+    """A benchmark on the page; figures are (heading, name of the file, PNG)."""
+
+    title: str
+    miou: Table
+    fb_iou: Table
+    per_class: Table
+    figures: list[tuple[str, str, bytes]] = field(default_factory=list)
+    class_figures: list[tuple[str, str, bytes]] = field(default_factory=list)
+
+
+@dataclass
+class Origin:
+    """Where a run's numbers come from: a line of the last table on the page."""
+
+    name: str
+    link: str
+    cells: list[str]
+    overrides: str
 
 
 def write(found: Found, out: Path) -> list[Benchmark]:
-    """Writes report.{html,md,tex,csv} and figures/*.png to `out`; returns what was reported, by benchmark."""
-    out.mkdir(parents=True, exist_ok=True)
-    benchmarks = tables.benchmarks(found.finished)
-    whole = [t(b) for b in benchmarks for t in (tables.miou, tables.fb_iou, tables.per_class)]
-    replace(
-        out / "report.md", "\n".join([f"# {title(found)}\n", *state_lines(found), "", *map(tables.markdown, whole)])
-    )
-    replace(out / "report.tex", "\n".join(map(tables.latex, whole)))
+    """Writes report.{html,md,tex,csv} and figures/*.png to `out`; returns what was reported, by benchmark.
+
+    Each file takes its place when it is whole, as people look at them while a sweep goes on.
+    """
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    benchmarks = tables.benchmarks(found.tested)
+    sections = [section(b) for b in benchmarks]
+    overall = drawn("Against the paper", "radar", figures.radar(benchmarks))
+    overall += drawn("Learning curves", "curves", figures.curves(found))
+    for _, name, png in [f for s in sections for f in (*s.figures, *s.class_figures)] + overall:
+        replace(out / "figures" / f"{name}.png", png)
+    replace(out / "report.md", markdown(found, sections, overall))
+    replace(out / "report.tex", "\n".join(tables.latex(t) for s in sections for t in (s.miou, s.fb_iou, s.per_class)))
     replace(out / "report.csv", tables.tidy_csv(benchmarks))
-    replace(out / "report.html", html(found, benchmarks, out))
+    replace(out / "report.html", html(found, sections, overall, out))
     return benchmarks
 
 
 def replace(path: Path, content: str | bytes) -> None:
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="replace"))
     os.replace(part, path)
 
 
+def section(b: Benchmark) -> Section:
+    result = Section(b.title, tables.miou(b), tables.fb_iou(b), tables.per_class(b))
+    pair = b.dataset if b.dataset == b.target else f"{b.dataset}-{b.target}"
+    name = re.sub(r"[^\w-]+", "-", f"{b.task}-{pair}-{b.backbone}")
+    result.figures = drawn("mIoU by fold", f"folds-{name}", figures.folds(b))
+    for i, s in enumerate(figures.leading(b)):
+        if any(s.classes(*key) for key in s.runs):
+            result.class_figures += drawn(f"IoU of each class, {s.name}", f"classes-{name}-{i}", figures.classes(b, s))
+    return result
+
+
+def drawn(heading: str, name: str, fig: Figure | None) -> list[tuple[str, str, bytes]]:
+    """Nothing for no figure."""
+    if fig is None:
+        return []
+    png = io.BytesIO()
+    fig.savefig(png, dpi=110)
+    return [(heading, name, png.getvalue())]
+
+
 def title(found: Found) -> str:
-    return (
-        "Sweep " + ", ".join(s.folder.absolute().name for s in found.sweeps)
-        if found.sweeps
-        else "Few-shot segmentation"
-    )
+    names = ", ".join(sweep.folder.absolute().name for sweep in found.sweeps)
+    return f"Sweep {names}" if names else f"{len(found.jobs)} runs" if len(found.jobs) > 1 else found.jobs[0].name
+
+
+def commands(found: Found) -> list[tuple[str, str]]:
+    """(command, when it began) of the sweeps; where there is none, of the runs."""
+    if found.sweeps:
+        return [(shlex.join(s.command), s.started[:16].replace("T", " ")) for s in found.sweeps]
+    return [(c, "") for c in dict.fromkeys(shlex.join(j.record.get("command", [])) for j in found.finished) if c]
 
 
 def state_lines(found: Found) -> list[str]:
     """What is there, what is missing and why."""
     counted = Counter(job.state for job in found.jobs)
-    counts = {state: counted[state] for state in STATES if counted[state]}
-    return [
-        f"{', '.join(f'{n} {state}' for state, n in counts.items())} of {len(found.jobs)} runs",
-        *missing(found),
-        *found.notes,
-    ]
+    counts = ", ".join(f"{counted[state]} {state}" for state in STATES if counted[state])
+    return [f"{counts} of {len(found.jobs)} runs", *missing(found), *found.notes]
 
 
 def missing(found: Found) -> list[str]:
     lines = []
     for job in found.jobs:
         if job.state != "finished":
-            why = f": {job.error.strip().splitlines()[0]}" if job.error else ""
+            why = f": {job.error.strip().splitlines()[0]}" if job.error and job.error.strip() else ""
             lines.append(f"{job.state}: {job.name}{why}")
     return lines
 
 
-def html(found: Found, benchmarks: list[Benchmark], out: Path) -> str:
-    drawn = Drawn(out / "figures")
-    sections = []
-    for i, b in enumerate(benchmarks):
-        parts = SimpleNamespace(
-            title=b.title, miou=tables.miou(b), fb_iou=tables.fb_iou(b), per_class=tables.per_class(b)
-        )
-        parts.figures = [("mIoU by fold", drawn.add(f"folds-{i}", figures.folds(b)))]
-        parts.class_figures = [
-            (f"IoU of each class, {s.name}", drawn.add(f"classes-{i}-{j}", figures.classes(b, s)))
-            for j, s in enumerate(b.series)
-        ]
-        sections.append(parts)
-    overall = {
-        "All benchmarks": ("radar", figures.radar(benchmarks)),
-        "Learning curves": ("curves", figures.curves(found.jobs)),
-    }
-    common, columns, origins = provenance(found.finished, out)
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+def markdown(found: Found, sections: Sequence[Section], overall: Sequence[tuple[str, str, bytes]]) -> str:
+    def pictures(figures: Sequence[tuple[str, str, bytes]]) -> list[str]:
+        return [f"![{tables.plain(heading)}](figures/{name}.png)\n" for heading, name, _ in figures]
+
+    first, *rest = state_lines(found)
+    lines = [f"# {tables.plain(title(found))}\n", f"{first}.\n", *(f"- {tables.plain(line)}" for line in rest), ""]
+    for s in sections:
+        lines += [f"## {tables.plain(s.title)}\n", tables.markdown(s.miou), *pictures(s.figures)]
+        lines += [tables.markdown(s.fb_iou), tables.markdown(s.per_class), *pictures(s.class_figures)]
+    return "\n".join([*lines, *pictures(overall)])
+
+
+def html(found: Found, sections: list[Section], overall: list[tuple[str, str, bytes]], out: Path) -> str:
+    common, columns, origins = provenance(found.tested, found, out)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.j2").render(
         title=title(found),
-        sweeps=found.sweeps,
+        commands=commands(found),
         states=state_lines(found)[0],
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         missing=missing(found),
         notes=found.notes,
         sections=sections,
-        figures=[(heading, drawn.add(name, fig)) for heading, (name, fig) in overall.items() if fig],
-        panels=list(panels(found.finished)),
+        figures=overall,
+        png=lambda content: source(content, "png"),
+        panels=panels(found.tested),
         common=common,
         origin_columns=columns,
         origins=origins,
     )
 
 
-class Drawn:
-    """Writes figures to a folder, and gives them as the source of an <img>."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob("*.png"):
-            old.unlink()
-
-    def add(self, name: str, fig: Figure) -> str:
-        png = io.BytesIO()
-        fig.savefig(png, dpi=110)
-        replace(self.folder / f"{name}.png", png.getvalue())
-        return source(png.getvalue(), "png")
-
-
 def source(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def panels(jobs: Iterable[Job]) -> Iterable[tuple[str, str]]:
+def panels(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     """Each run's overview of predictions, as JPEG no wider than the page."""
-    for job in jobs:
-        path = job.folder / "predictions" / "overview.png" if job.folder else None
-        if path and path.is_file():
+    paths = {job.name: job.folder / "predictions" / "overview.png" for job in jobs if job.folder}
+    paths = {name: path for name, path in paths.items() if path.is_file()}
+    widest = WIDEST * min(1.0, math.sqrt(16 / max(len(paths), 1)))
+    result = []
+    for name, path in paths.items():
+        jpeg = io.BytesIO()
+        try:
             with Image.open(path) as image:
                 small = image.convert("RGB")
-            small.thumbnail((WIDEST, 10 * WIDEST))
-            jpeg = io.BytesIO()
-            small.save(jpeg, "JPEG", quality=82)
-            yield job.name, source(jpeg.getvalue(), "jpeg")
+        except (OSError, SyntaxError):  # half written
+            continue
+        small.thumbnail((int(widest), int(4 * widest)))
+        small.save(jpeg, "JPEG", quality=75)
+        result.append((name, source(jpeg.getvalue(), "jpeg")))
+    return result
 
 
-def provenance(jobs: list[Job], out: Path) -> tuple[str, list[str], list[SimpleNamespace]]:
-    """What all runs share, in a line; and a row a run with the rest."""
-    facts = [facts_of(job) for job in jobs]
-    shared = {
-        k: v for k, v in (facts[0].items() if facts else ()) if len(jobs) > 1 and all(f.get(k) == v for f in facts)
-    }
-    columns = [k for k in (facts[0] if facts else ()) if k not in shared]
-    rows = [
-        SimpleNamespace(
-            name=job.name,
-            link=os.path.relpath(job.folder, out) if job.folder else "",
-            cells=[f.get(c, "") for c in columns],
-            overrides=" ".join(job.overrides),
-        )
+def provenance(jobs: Sequence[Job], found: Found, out: Path) -> tuple[dict[str, str], list[str], list[Origin]]:
+    """What all runs share; the names of what they differ in; and a line a run with that."""
+    facts = [facts_of(job, found) for job in jobs]
+    names = list(dict.fromkeys(name for f in facts for name in f))
+    shared = {n: facts[0][n] for n in names if n not in ALWAYS and tables.all_equal(f.get(n) for f in facts)}
+    columns = [n for n in names if n not in shared]
+    origins = [
+        Origin(job.name, link(job, out), [f.get(c, tables.NONE) for c in columns], shlex.join(job.overrides))
         for job, f in zip(jobs, facts, strict=True)
     ]
-    return "; ".join(f"{k} {v}" for k, v in shared.items()) or "nothing", ["run", *columns, "overrides"], rows
+    return shared, columns, origins
 
 
-def facts_of(job: Job) -> dict[str, str]:
-    r, commit = job.record, job.record.get("commit")
-    backbone, drawn, training = (r.get(k, {}) for k in ("backbone", "episodes", "training"))
+def link(job: Job, out: Path) -> str:
+    return job.url or (quote(os.path.relpath(job.folder, out)) if job.folder else "")
+
+
+ALWAYS = ("fold", "shot", "seed", "mIoU")
+
+
+def facts_of(job: Job, found: Found) -> dict[str, str]:
+    r = job.record
+    backbone, episodes, training = (r.get(k) or {} for k in ("backbone", "episodes", "training"))
     facts = {
         **{k: job.setting.get(k) for k in ("fold", "shot", "seed")},
         "mIoU": f"{r['test']['miou']:.2f}",
-        "trained by": job.trained_by.name if job.trained_by else None,
+        "trained by": found.name_of(job.trained_by) if job.trained_by and not job.url else training.get("run"),
         "epochs": training.get("epochs"),
         "checkpoint": r.get("checkpoint", {}).get("selection"),
-        "commit": commit and commit[:10] + "+changes" * commit.endswith("+changes"),
-        "backbone": f"{backbone.get('backbone')}, weights {backbone.get('weights')} ({backbone.get('source')}, "
-        f"sha256 {str(backbone.get('sha256'))[:8]})",
-        "test episodes": f"{drawn.get('test_episodes')}, list {str(drawn.get('episode_list_sha256'))[:8]}",
-        "splits": drawn.get("splits"),
-        "device": f"{r.get('processes', 1)} x {r.get('device')}",
-        "versions": ", ".join(f"{k} {v}" for k, v in r.get("versions", {}).items()),
+        "commit": short(r.get("commit")),
+        "commit of the training": short(training.get("commit")),
+        "weights": f"{backbone.get('backbone')} {backbone.get('weights')}, from {backbone.get('source')}, "
+        f"sha256 {str(backbone.get('sha256'))[:8]}",
+        "test episodes": f"{episodes.get('test_episodes')}, list {str(episodes.get('episode_list_sha256'))[:8]}",
+        "splits": episodes.get("splits"),
+        "device": r.get("device"),
+        "processes": r.get("processes"),
+        **r.get("versions", {}),
     }
     return {k: str(v) for k, v in facts.items() if v is not None}
+
+
+def short(commit: str | None) -> str | None:
+    """Ten digits, and the mark of files that differ from it."""
+    return commit and commit[:10] + "+changes" * commit.endswith("+changes")

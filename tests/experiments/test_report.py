@@ -12,15 +12,19 @@ import statistics
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import wandb
 from omegaconf import OmegaConf
 from PIL import Image
+from rich.console import Console
 
-from experiments.report.collect import collect
-from experiments.report.figures import read_curves
-from experiments.report.page import missing, write
-from experiments.report.tables import fb_iou, latex, markdown, miou, per_class
+from experiments.errors import UserError
+from experiments.report.collect import collect, from_wandb
+from experiments.report.figures import curves, read_curves
+from experiments.report.page import missing, panels, write
+from experiments.report.tables import benchmarks, fb_iou, latex, markdown, miou, per_class, rich_tables
 from tests.conftest import ROOT, run_module
 
 PUBLISHED = OmegaConf.to_container(OmegaConf.load(ROOT / "experiments" / "published.yaml"))
@@ -92,6 +96,12 @@ def one(folder: Path):
     return found, benchmark
 
 
+def tabled(folder: Path):
+    """Without the figures, which take most of the time."""
+    (benchmark,) = benchmarks(collect([folder]).tested)
+    return benchmark
+
+
 def cells(text: str) -> dict[str, list[str]]:
     """Rows of a Markdown table by their first cell, without bold."""
     rows = [
@@ -135,7 +145,7 @@ def test_table_has_our_numbers_the_published_ones_and_the_difference(sweep) -> N
 def test_best_published_and_best_of_all_are_bold(sweep) -> None:
     folder, _ = sweep
     write_run(folder / "0-pascal-resnet50-fold0-shot1", 0, 1, {"cat": 99.0})
-    table = miou(one(folder)[1])
+    table = miou(tabled(folder))
     bold = {row.cells[0] for row in table.rows if 1 in row.best}
     assert bold == {"IPMT (NeurIPS'22)", "PMNet, ours"}
 
@@ -166,13 +176,13 @@ def test_latex_has_the_cells_of_markdown_and_compiles(sweep, tmp_path: Path) -> 
     folder, _ = sweep
     write_run(folder / "9-odd", 0, 1, {"100% c_l#s&s $x$ {y} ~^\\": 50.0}, target="fss", task="cross_dataset", folds=0)
     found = collect([folder])
-    benchmarks = write(found, folder / "report")
-    text = latex(miou(benchmarks[0]))
+    first, *_ = write(found, folder / "report")
+    text = latex(miou(first))
     lines = [line for line in text.splitlines() if "&" in line]
     assert {line.count("&") for line in lines} == {11}
-    plain = [re.sub(r"\\textbf{(.*?)}", r"\1", line).removesuffix(r" \\").split(" & ") for line in lines]
-    assert [row[1:] for row in plain] == list(cells(markdown(miou(benchmarks[0]))).values())[:1] + [
-        r.cells[1:] for r in miou(benchmarks[0]).rows
+    plain = [re.sub(r"\\textbf{(.*?)}|\$(.*?)\$", r"\1\2", line).removesuffix(r" \\").split(" & ") for line in lines]
+    assert [row[1:] for row in plain] == list(cells(markdown(miou(first))).values())[:1] + [
+        r.cells[1:] for r in miou(first).rows
     ]
     assert r"100\% c\_l\#s\&s \$x\$ \{y\}" in (folder / "report" / "report.tex").read_text()
     if shutil.which("pdflatex"):
@@ -210,7 +220,7 @@ def test_seeds_are_averaged_and_their_spread_is_shown(sweep) -> None:
     folder, records = sweep
     for fold in range(4):
         write_run(folder / f"1{fold}-seed1", fold, 1, {"cat": 50.0 + fold, "dog": 60.0}, seed=1)
-    table = miou(one(folder)[1])
+    table = miou(tabled(folder))
     row = cells(markdown(table))["PMNet, ours"]
     first = [records[1, fold]["test"]["miou"] for fold in range(4)]
     second = [(110.0 + fold) / 2 for fold in range(4)]
@@ -225,7 +235,7 @@ def test_of_two_runs_of_one_setting_the_newer_counts(sweep) -> None:
     folder, _ = sweep
     write_run(folder / "11-again", 0, 1, {"cat": 33.0})
     os.utime(folder / "11-again" / "results.json", (2e9, 2e9))
-    table = miou(one(folder)[1])
+    table = miou(tabled(folder))
     assert cells(markdown(table))["PMNet, ours"][0] == "33.0"
     assert any(note.startswith("11-again counts, and not 0-") for note in table.notes)
 
@@ -234,7 +244,7 @@ def test_configurations_are_named_by_what_differs(sweep) -> None:
     folder, _ = sweep
     for fold in range(4):
         write_run(folder / f"2{fold}-lr", fold, 1, {"cat": 40.0}, lr=0.01)
-    rows = cells(markdown(miou(one(folder)[1])))
+    rows = cells(markdown(miou(tabled(folder))))
     assert {name for name in rows if "ours" in name} == {
         "PMNet, ours, optimizer.lr=0.001",
         "PMNet, ours, optimizer.lr=0.01",
@@ -252,9 +262,9 @@ def test_mixed_folder_has_a_table_for_each_benchmark_and_old_results_are_read(sw
     }
     begin(folder / "21-old", [])
     (folder / "21-old" / "results.json").write_text(json.dumps(old))
-    benchmarks = write(collect([folder]), folder / "report")
-    assert [(b.dataset, b.target) for b in benchmarks] == [("pascal", "pascal"), ("pascal", "isic"), ("coco", "coco")]
-    isic = cells(markdown(miou(benchmarks[1])))
+    made = write(collect([folder]), folder / "report")
+    assert [(b.dataset, b.target) for b in made] == [("pascal", "pascal"), ("pascal", "isic"), ("coco", "coco")]
+    isic = cells(markdown(miou(made[1])))
     assert isic["PMNet, ours"][0] == "44.4"
     assert isic["HSNet (ICCV'21)"][0] == "31.2"
     assert (folder / "report" / "figures" / "radar.png").exists()
@@ -278,6 +288,250 @@ def test_curves_of_an_interrupted_training_are_put_together(tmp_path: Path) -> N
     (tmp_path / "metrics-1.csv").write_text(head + "1,9,,2.0\n2,9,,9.0\n")
     (tmp_path / "metrics.csv").write_text(head + "2,9,,3.0\n3,9,0.25,\n")
     assert read_curves(tmp_path) == {"val/miou": {0: 1.0, 1: 2.0, 2: 3.0}, "train/loss": {3: 0.25}}
+
+
+def alter(folder: Path, **parts) -> None:
+    """Changes a run's record; a part that is a dictionary is added to."""
+    record = json.loads((folder / "results.json").read_text())
+    for name, part in parts.items():
+        record[name] = record.get(name, {}) | part if isinstance(part, dict) else part
+    (folder / "results.json").write_text(json.dumps(record))
+
+
+def ours(folder: Path) -> dict[str, list[str]]:
+    rows = cells(markdown(miou(tabled(folder))))
+    return {name: row for name, row in rows.items() if "ours" in name}
+
+
+def test_a_line_half_written_is_no_value(tmp_path: Path) -> None:
+    """Cut off, 61.2 reads as 6 and epoch 12 as 1."""
+    head = "epoch,step,train/loss,val/miou\n10,9,,55.0\n"
+    for rest, values in {"11,19,,6": {10: 55.0}, "11,19,,61.2\n1": {10: 55.0, 11: 61.2}}.items():
+        (tmp_path / "metrics.csv").write_text(head + rest)
+        assert read_curves(tmp_path)["val/miou"] == values
+
+
+def test_runs_of_one_name_in_two_sweeps_stay_apart(tmp_path: Path) -> None:
+    for sweep, iou in (("a", 40.0), ("b", 50.0)):
+        write_run(tmp_path / sweep / "0-fold0", 0, 1, {"cat": iou}, seed=int(iou))
+    found = collect([tmp_path, tmp_path / "a"])
+    assert [job.name for job in found.jobs] == ["a/0-fold0", "b/0-fold0"]
+    (legend,) = curves(found).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a/0-fold0", "b/0-fold0"]
+
+
+def test_a_sweep_that_was_moved_keeps_its_curves(sweep, tmp_path: Path) -> None:
+    folder, _ = sweep
+    alter(folder / "4-pascal-resnet50-fold0-shot5", training={"run": str(folder / "0-pascal-resnet50-fold0-shot1")})
+    (folder / "4-pascal-resnet50-fold0-shot5" / "metrics.csv").unlink()
+    found = collect([shutil.move(folder, tmp_path / "moved")])
+    assert [job.trained_by.name[0] for job in found.jobs] == list("01230567")
+    assert len(curves(found).axes[0].lines) == 7
+
+
+def test_files_cut_off_are_passed_over(sweep) -> None:
+    folder, records = sweep
+    (folder / "0-pascal-resnet50-fold0-shot1" / "predictions" / "overview.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    (folder / "1-pascal-resnet50-fold1-shot1" / ".hydra" / "overrides.yaml").write_text("- 'fold=1\n- [")
+    (folder / "2-pascal-resnet50-fold2-shot1" / "results.json").write_text('{"setting": {"dataset": "x"}, "test": {}}')
+    found, benchmark = one(folder)
+    assert len(panels(found.tested)) == 6
+    row = cells(markdown(miou(benchmark)))["PMNet, ours"]
+    assert row[:3] == [f"{records[1, fold]['test']['miou']:.1f}" for fold in (0, 1)] + ["-"]
+    assert any(note.startswith("2-pascal-resnet50-fold2-shot1: results.json") for note in found.notes)
+
+
+def test_nothing_of_others_is_removed_from_the_folder_of_the_report(sweep, tmp_path: Path) -> None:
+    folder, _ = sweep
+    (tmp_path / "paper" / "figures").mkdir(parents=True)
+    (tmp_path / "paper" / "figures" / "mine.png").write_text("mine")
+    write(collect([folder]), tmp_path / "paper")
+    assert (tmp_path / "paper" / "figures" / "mine.png").read_text() == "mine"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_equal_to_the_published_is_no_minus(sweep) -> None:
+    folder, _ = sweep
+    write_run(folder / "0-pascal-resnet50-fold0-shot1", 0, 1, {"cat": 67.28})
+    assert cells(markdown(miou(tabled(folder))))["against published"][0] == "+0.0"
+
+
+def test_a_mean_needs_one_seed_with_all_folds(tmp_path: Path) -> None:
+    for fold in range(4):
+        write_run(tmp_path / f"{fold}", fold, 1, seed=fold % 2)
+    table = miou(tabled(tmp_path))
+    assert cells(markdown(table))["PMNet, ours"][4] == "-"
+    assert any("no seed has all folds" in note for note in table.notes)
+
+
+def test_how_many_folds_there_are_is_asked_of_old_results(tmp_path: Path) -> None:
+    for dataset in ("synthetic", "pascal"):
+        write_run(tmp_path / dataset / "0", 0, dataset=dataset, target=dataset)
+        write_run(tmp_path / dataset / "1", 1, dataset=dataset, target=dataset)
+        for path in (tmp_path / dataset).glob("*/results.json"):
+            record = json.loads(path.read_text())
+            del record["setting"]["folds"]
+            path.write_text(json.dumps(record))
+    pascal, synthetic = map(miou, benchmarks(collect([tmp_path]).tested))
+    assert cells(markdown(pascal))["PMNet, ours"][4] == "-"
+    assert not any("not recorded" in note for note in pascal.notes)
+    assert cells(markdown(synthetic))["PMNet, ours"][2] != "-"
+    assert any("not recorded" in note for note in synthetic.notes)
+
+
+def test_networks_of_folds_and_of_everything_are_not_averaged(sweep) -> None:
+    folder, records = sweep
+    write_run(folder / "8-all", "all", 1, {"cat": 90.0})
+    rows = cells(markdown(miou(tabled(folder))))
+    assert rows["method"][3:6] == ["1-shot fold 3", "1-shot mean", "1-shot fold all"]
+    mean = statistics.mean(records[1, fold]["test"]["miou"] for fold in range(4))
+    assert rows["PMNet, ours"][4:6] == [f"{mean:.1f}", "90.0"]
+    assert rows["HSNet (ICCV'21)"][4:6] == ["64.0", "-"]
+
+
+def test_a_test_of_trained_weights_is_in_the_row_of_their_training(sweep) -> None:
+    """The config of a test says nothing of the training: neither a row of its own nor its rate is true."""
+    folder, _ = sweep
+    given = {"run": str(folder / "0-pascal-resnet50-fold0-shot1")}
+    alter(folder / "4-pascal-resnet50-fold0-shot5", mode="test", training=given, config={"optimizer": {"lr": 7.0}})
+    assert list(ours(folder)) == ["PMNet, ours"]
+    alter(folder / "4-pascal-resnet50-fold0-shot5", training={"run": "/gone/run"})
+    assert len(ours(folder)) == 2
+    assert not any("7.0" in name for name in ours(folder))
+
+
+def test_the_last_checkpoint_does_not_replace_the_best(sweep) -> None:
+    folder, records = sweep
+    write_run(folder / "9-last", 0, 1, {"cat": 11.0})
+    alter(folder / "9-last", mode="test", checkpoint={"path": "/x/checkpoints/last.ckpt"})
+    rows = ours(folder)
+    assert rows["PMNet, ours, checkpoint=last"][0] == "11.0"
+    assert rows["PMNet, ours, checkpoint=best"][0] == f"{records[1, 0]['test']['miou']:.1f}"
+
+
+def test_backbones_taught_for_each_fold_are_one_row(sweep) -> None:
+    folder, _ = sweep
+    for path in folder.glob("*/results.json"):
+        weights = f"outputs/{path.parent.name}/backbone.safetensors"
+        own = {"weights": weights, "trained_on": {"dataset": "pascal"}}
+        alter(path.parent, backbone=own, config={"backbone": {"weights": weights}})
+    assert list(ours(folder)) == ["PMNet, ours"]
+    write_run(folder / "9-a1h", 0, 1, {"cat": 50.0})
+    assert set(ours(folder)) == {"PMNet, ours, weights a1h", "PMNet, ours, weights taught on pascal"}
+
+
+def test_a_model_is_named_and_what_follows_from_it_is_not(sweep) -> None:
+    folder, _ = sweep
+    for path in folder.glob("*/results.json"):
+        alter(path.parent, config={"model": {"norm": "batch", "linear_heads": False}})
+    write_run(folder / "9-dam", 0, 1, {"cat": 50.0}, model="dam")
+    alter(folder / "9-dam", config={"model": {"norm": "group", "linear_heads": True}})
+    rows = cells(markdown(miou(tabled(folder))))
+    assert {name for name in rows if "ours" in name} == {"PMNet, ours", "DAM, ours"}
+    assert sum(name == "against published" for name in rows) == 1
+
+
+def test_two_folders_of_ones_own_are_two_benchmarks(tmp_path: Path) -> None:
+    for i, root in enumerate(("/data/cats", "/data/moss")):
+        write_run(tmp_path / str(i), 0, 1, {"x": 10.0 + i}, dataset="folder", target="folder")
+        alter(tmp_path / str(i), config={"dataset": {"root": root}, "target": None})
+    found = benchmarks(collect([tmp_path]).tested)
+    assert [(b.dataset, b.target) for b in found] == [("folder cats",) * 2, ("folder moss",) * 2]
+
+
+def test_a_pretraining_is_finished_without_numbers(sweep) -> None:
+    folder, _ = sweep
+    before = ours(folder)
+    begin(folder / "8-small", ["experiment=pretrain_backbone", "fold=0"])
+    (folder / "8-small" / "results.json").write_text(json.dumps({"mode": "pretrain", "backbone": "backbone.pt"}))
+    plan = json.loads((folder / "sweep.json").read_text())
+    plan["jobs"].append({"overrides": ["experiment=pretrain_backbone", "fold=0"]})
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    found = collect([folder])
+    assert (len(found.jobs), len(found.finished), len(found.tested)) == (9, 9, 8)
+    assert ours(folder) == before
+
+
+def test_a_narrow_terminal_breaks_no_number(sweep) -> None:
+    folder, _ = sweep
+    for fold in range(4):
+        write_run(folder / f"1{fold}-seed1", fold, 1, {"cat": 50.0 + fold, "dog": 60.0}, seed=1)
+    table = miou(tabled(folder))
+    for width in (60, 80, 120, 250):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(*rich_tables(table, width), sep="\n")
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        shown = [c.strip() for line in lines if "\N{BOX DRAWINGS LIGHT VERTICAL}" in line for c in line.split("│")]
+        for row in table.rows:
+            for cell in row.cells[1:]:
+                assert cell in shown
+
+
+def test_rows_that_latex_takes_for_arguments(sweep) -> None:
+    folder, _ = sweep
+    write_run(folder / "0-pascal-resnet50-fold0-shot1", 0, 1, {"[red] car": 50.0, "*": 40.0})
+    text = latex(per_class(tabled(folder)))
+    assert not re.search(r"\\\\\s*[\[*]", text)
+    assert "{[}red{]} car & 0 & 50.0" in text
+
+
+def test_markdown_of_a_failure_is_a_list_without_markup(sweep) -> None:
+    folder, _ = sweep
+    (folder / "0-pascal-resnet50-fold0-shot1" / "failure.json").write_text('{"error": "<b>x</b> | y_z"}')
+    one(folder)
+    text = (folder / "report" / "report.md").read_text()
+    assert r"- failed: 0-pascal-resnet50-fold0-shot1: \<b\>x\</b\> \| y\_z" in text
+    for name in re.findall(r"\]\((.*?)\)", text):
+        assert (folder / "report" / name).is_file()
+
+
+def stored_run(number: int, record: dict | None, state: str = "finished", job_type: str = "cross_category"):
+    """As wandb.Api gives a run, with its files."""
+
+    def download(root: str, replace: bool) -> None:
+        Path(root).mkdir(parents=True)
+        (Path(root) / "results.json").write_text(json.dumps(record))
+
+    files = [SimpleNamespace(name="results.json", download=download)] if record else []
+    return SimpleNamespace(
+        id=f"id{number}", name=f"run{number}", state=state, job_type=job_type, files=lambda: files,
+        url=f"https://wandb.ai/team/pmnet/runs/id{number}",
+    )  # fmt: skip
+
+
+def test_runs_of_a_wandb_group(sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, records = sweep
+    group = [stored_run(fold, records[1, fold]) for fold in range(3)]
+    group += [stored_run(3, None, "running"), stored_run(4, None, "crashed"), stored_run(5, None, job_type="summary")]
+    asked = []
+
+    def runs(path: str, filters: dict, order: str):
+        asked.append((path, filters))
+        return group
+
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=runs))
+    found = from_wandb("team/pmnet/a/group", tmp_path / "fetched")
+    assert asked == [("team/pmnet", {"group": "a/group"})]
+    assert missing(found) == ["unfinished: run3", "failed: run4: W&B has no results of it, which is crashed"]
+    (benchmark,) = write(found, tmp_path / "report")
+    row = cells(markdown(miou(benchmark)))["PMNet, ours"]
+    assert row[:4] == [*(f"{records[1, fold]['test']['miou']:.1f}" for fold in range(3)), "-"]
+    page = Page((tmp_path / "report" / "report.html").read_text())
+    assert page.links == [run.url for run in group[:3]]
+    lines = csv.DictReader(io.StringIO((tmp_path / "report" / "report.csv").read_text()))
+    assert [line["folder"] for line in lines] == page.links
+
+
+def test_wandb_that_does_not_answer_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise wandb.errors.CommError("no connection.")
+
+    monkeypatch.setattr(wandb, "Api", fail)
+    with pytest.raises(UserError, match=r"a/b/c: no connection\. Is there a key"):
+        from_wandb("a/b/c", tmp_path)
+    with pytest.raises(UserError, match="entity/project/group, not a/b"):
+        from_wandb("a/b", tmp_path)
 
 
 class Page(HTMLParser):
