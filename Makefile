@@ -13,8 +13,8 @@ install: .venv/ready
 run: install  ## first contact: learn 15 drawn classes, test on 5 others
 	$(BIN)/python run.py experiment=quickstart
 
-test: install  ## everything, the slow parts too
-	$(BIN)/python -m pytest -m "slow or not slow"
+test: install  ## everything, the slow parts too; a file of tests a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n auto --maxprocesses 4 --dist loadfile
 
 quick: install  ## the fast tests alone
 	$(BIN)/python -m pytest

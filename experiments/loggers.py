@@ -4,6 +4,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -57,18 +58,22 @@ class WandbLogger(LightningWandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run, begun at its first use."""
-        if self._experiment is None:
-            try:
-                run = super().experiment
-            except wandb.errors.Error as error:
-                if self._wandb_init.get("mode") == "offline":
-                    raise
-                self.go_offline(first_line(error))
-                run = super().experiment
-            for name, best in OVER_EPOCHS.items():
-                run.define_metric(name, step_metric="epoch", summary=best)
-        return super().experiment
+        """The W&B run, begun at its first use; after a failure, one that takes everything and does nothing."""
+        if self._experiment is None and not self.failed:
+            self.guard(self.begin)
+        return DummyExperiment() if self.failed else self._experiment
+
+    def begin(self) -> None:
+        try:
+            run = super().experiment
+        except wandb.errors.Error as error:
+            if self._wandb_init.get("mode") == "offline":
+                raise
+            self.go_offline(first_line(error))
+            wandb.teardown()  # its service holds the run that did not come about
+            run = super().experiment
+        for name, best in OVER_EPOCHS.items():
+            run.define_metric(name, step_metric="epoch", summary=best)
 
     def guard(self, what: Callable[[], Any]) -> None:
         if self.failed:
@@ -77,6 +82,8 @@ class WandbLogger(LightningWandbLogger):
             what()
         except Exception as error:  # wandb's own, its service's, the network's: none is worth a training
             self.failed = True
+            with suppress(Exception):
+                wandb.teardown()  # else it would try again when Python ends, and fail again
             log.warning(
                 "W&B failed (%s). The run goes on without it; its metrics and results are in %s.",
                 *(first_line(error), self.save_dir),

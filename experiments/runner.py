@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def run_job(cfg: DictConfig) -> float:
             return sweep.passed_over(told or repr(error))
         sys.exit(1)
     finally:
-        wandb.finish(exit_code=code)
+        with suppress(Exception):  # a W&B that is gone has been told of
+            wandb.finish(exit_code=code)
 
 
 def as_told(error: Exception) -> str | None:

@@ -51,7 +51,7 @@ class QueueWatcher(SlurmInfoWatcher):
 
 
 def watch_the_queue() -> None:
-    SlurmJob.watcher = QueueWatcher(delay_s=60)
+    SlurmJob.watcher = QueueWatcher(delay_s=10)
 
 
 def wait_for_the_rest(folder: Path) -> None:

@@ -190,22 +190,6 @@ def test_backbone_is_pretrained_and_used(tmp_path: Path) -> None:
     assert "trained on novel classes" in other.stdout
 
 
-def test_sweep_runs_every_job(tmp_path: Path) -> None:
-    sweep = [*TINY, "trainer.max_epochs=1", "fold=0,1", "shot=1,5", f"hydra.sweep.dir={tmp_path}", "-m"]
-    done = run(*sweep)
-    assert done.returncode == 0, done.stderr
-    settings = [results(path.parent)["setting"] for path in tmp_path.glob("*/results.json")]
-    assert {(s["fold"], s["shot"]) for s in settings} == {(0, 1), (0, 5), (1, 1), (1, 5)}
-
-
-def test_wandb_offline_without_a_key(tmp_path: Path) -> None:
-    environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    done = run(*TINY, "logger=wandb", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}/run", env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "wandb sync" in done.stdout + done.stderr
-    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
-
-
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """One message, no traceback, exit code not 0."""
     assert done.returncode != 0

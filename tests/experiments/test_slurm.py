@@ -75,8 +75,8 @@ def test_sweep_gives_the_numbers_of_single_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "ask",
-    [["scancel", "--signal=USR1"], ["scancel", "--signal=USR2"], ["scontrol", "requeue"]],
-    ids=["warned by USR1", "warned by USR2", "preempted without a warning"],
+    [["scancel", "--signal=USR1"], ["scontrol", "requeue"]],
+    ids=["warned", "preempted without a warning"],
 )
 def test_preempted_job_ends_as_one_left_alone(tmp_path: Path, left_alone: Path, ask: list[str]) -> None:
     process = subprocess.Popen(

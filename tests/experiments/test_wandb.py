@@ -1,0 +1,93 @@
+"""A W&B that cannot be reached, that refuses, or that breaks: the training goes on, and says so once."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, TINY, command, results, run
+from tests.wandb_files import runs_in
+
+pytestmark = pytest.mark.slow
+KEY = "0123456789" * 4
+
+
+class Refusal(BaseHTTPRequestHandler):
+    """Answers as a server that does not know the key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b'{"errors": [{"message": "invalid api key"}]}')
+
+    do_GET = do_POST
+
+    def log_message(self, *args) -> None: ...
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def run_with(tmp_path: Path, **environment: str):
+    home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": KEY}
+    setting = [*TINY, "trainer.max_epochs=1", "logger=wandb", "logger.init_timeout=6", f"hydra.run.dir={tmp_path}/run"]
+    return run(*setting, env=home | environment)
+
+
+def is_kept_offline(tmp_path: Path, done) -> None:
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert output.count("The run is kept offline; upload it later: wandb sync") == 1, output
+    assert "Traceback" not in output
+    (kept,) = [r for r in runs_in(tmp_path / "run") if "test/miou" in r.summary]
+    assert kept.summary["test/miou"] == results(tmp_path / "run")["test"]["miou"]
+
+
+def test_server_that_does_not_answer(tmp_path: Path) -> None:
+    is_kept_offline(tmp_path, run_with(tmp_path, WANDB_BASE_URL="http://127.0.0.1:9"))
+
+
+def test_rejected_key(tmp_path: Path, refusing: str) -> None:
+    is_kept_offline(tmp_path, run_with(tmp_path, WANDB_BASE_URL=refusing))
+
+
+def test_malformed_key(tmp_path: Path) -> None:
+    is_kept_offline(tmp_path, run_with(tmp_path, WANDB_API_KEY="short"))
+
+
+def test_wandb_that_dies_in_mid_training(tmp_path: Path) -> None:
+    setting = [*TINY, "trainer.max_epochs=6", "episodes.per_epoch=40", "logger=wandb", "logger.offline=true"]
+    process = subprocess.Popen(
+        command(*setting, f"hydra.run.dir={tmp_path}"), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (tmp_path / "checkpoints" / "last.ckpt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    (service,) = services_of(process.pid)
+    os.kill(service, signal.SIGKILL)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert output.count("W&B failed") == 1, output
+    assert "Traceback" not in output
+    assert results(tmp_path)["training"]["epochs"] <= 6
+    assert sum(line.startswith("5,") for line in (tmp_path / "metrics.csv").read_text().splitlines()) >= 1
+
+
+def services_of(pid: int) -> list[int]:
+    children = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True
+    )
+    return [int(line.split()[0]) for line in children.stdout.splitlines() if "wandb-core" in line]
