@@ -1,5 +1,7 @@
 """The only entry. `python run.py --help` shows the choices, README.md the commands to begin with."""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
@@ -18,4 +20,4 @@ if __name__ == "__main__":
         main()
     finally:
         if Sweep.under_way:  # broken off: what its jobs have done is summed up all the same
-            Sweep.under_way.end()
+            Sweep.under_way.end(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt))

@@ -74,7 +74,8 @@ def run_job(cfg: DictConfig) -> float:
         if Requeue.was_asked():
             raise SystemExit(1) from error  # what came of being ended is no failure of the job
         told = as_told(error)
-        write_json(folder / "failure.json", {"error": told or repr(error), "traceback": traceback.format_exc()})
+        if told or not (folder / "failure.json").exists():  # of another process of this job, which it broke off
+            write_json(folder / "failure.json", {"error": told or repr(error), "traceback": traceback.format_exc()})
         if told is None:
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 raise

@@ -39,7 +39,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.folder, self.config = Path(config.hydra.sweep.dir), config
-        self.slurm = config.hydra.launcher._target_.endswith("SlurmLauncher")
+        self.slurm = on_slurm(config)
         if self.slurm:
             if why := slurm.refusal(config.hydra.launcher):
                 stop(why)
@@ -53,14 +53,28 @@ class Sweep(Callback):
         if self.end():
             sys.exit(1)
 
-    def end(self) -> int:
-        """Reports what came of the jobs, and returns how many did not finish."""
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if on_slurm(config):
+            stop(
+                "launcher=slurm sends the jobs of a sweep: add -m, for a single run too. Without it, it would run here."
+            )
+
+    def end(self, wait: bool = True) -> int:
+        """Reports what came of the jobs, and returns how many did not finish.
+
+        Args:
+            wait: for jobs of Slurm that are still to come.
+        """
         from experiments.summary import sum_up  # torch, wandb and matplotlib take seconds to import
 
         Sweep.under_way = None
-        if self.slurm:
+        if self.slurm and wait:
             slurm.wait_for_the_rest(self.folder)
         return sum_up(self.folder, self.config)
+
+
+def on_slurm(config: Any) -> bool:
+    return config.hydra.launcher._target_.endswith("SlurmLauncher")
 
 
 def planned(config: DictConfig) -> list[dict[str, Any]] | None:
@@ -86,7 +100,7 @@ def is_sweep_job() -> bool:
 def belongs_in_a_process_of_its_own() -> bool:
     """Where Hydra runs the jobs of a sweep in processes that other jobs use too: everywhere but on Slurm."""
     hydra = HydraConfig.get()
-    return hydra.mode is RunMode.MULTIRUN and not hydra.launcher._target_.endswith("SlurmLauncher")
+    return hydra.mode is RunMode.MULTIRUN and not on_slurm(HydraConfig.instance().cfg)
 
 
 def run_alone(cfg: DictConfig) -> float:

@@ -191,6 +191,13 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_slurm_is_for_sweeps(tmp_path: Path) -> None:
+    done = run(*TINY, "launcher=slurm_cpu", f"hydra.run.dir={tmp_path}/run")
+    assert done.returncode == 1
+    assert "add -m" in done.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
 def test_wrong_override_is_told_without_a_report(tmp_path: Path) -> None:
     done = run("-m", *TINY, "fold=0,1", "shot=0", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 1
