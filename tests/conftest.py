@@ -15,6 +15,14 @@ TINY = (
 ).split()
 
 
+LONGEST = ("test_slurm.py", "test_sweep.py", "test_run.py", "test_tables.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that a file a core ends early."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def shared() -> Path:
     path = ROOT.parent / "shared"

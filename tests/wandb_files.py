@@ -26,6 +26,7 @@ class OfflineRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     axes: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    artifacts: list[tuple[str, str]] = field(default_factory=list)
     exit_code: int | None = None
 
 
@@ -52,6 +53,11 @@ def read(path: Path) -> OfflineRun:
             run.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
         elif kind == "files":
             run.files += [f.path for f in record.files.files]
+        elif kind == "artifact":
+            run.artifacts.append((record.artifact.type, record.artifact.name))
+        elif kind == "request" and record.request.HasField("log_artifact"):
+            artifact = record.request.log_artifact.artifact
+            run.artifacts.append((artifact.type, artifact.name))
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run

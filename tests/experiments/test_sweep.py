@@ -29,8 +29,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two folds, one of which there is not, with two shots; logged to W&B without a key."""
     folder = tmp_path_factory.mktemp("sweep")
     done = run(
-        "-m", *SETTING, "fold.index=0,9", "shot=1,5", "logger=wandb", f"trainings={folder}/trainings",
-        f"hydra.sweep.dir={folder}", env={"HOME": str(folder), "NETRC": str(folder / "none"), "WANDB_API_KEY": ""},
+        "-m", *SETTING, "fold.index=0,9", "shot=1,5", "logger=wandb", "logger.checkpoint=true",
+        f"trainings={folder}/trainings", f"hydra.sweep.dir={folder}",
+        env={"HOME": str(folder), "NETRC": str(folder / "none"), "WANDB_API_KEY": ""},
     )  # fmt: skip
     (folder / "output.txt").write_text(done.stdout + done.stderr)
     (folder / "code.txt").write_text(str(done.returncode))
@@ -81,6 +82,7 @@ def test_wandb_has_a_run_for_each_job_and_one_for_the_sweep(swept: Path) -> None
         assert {c: r.summary[f"test/iou/{c}"] for c in test["iou_per_class"]} == test["iou_per_class"]
         assert r.summary["predictions/count"] == 3
         assert "results.json" in r.files
+        assert r.artifacts == [("model", f"checkpoint-{r.id}")]
     curve = [(row["epoch"], row["val/miou"]) for row in first.history if "val/miou" in row]
     written = [row for row in csv.DictReader((jobs_of(swept)[0] / "metrics.csv").open()) if row["val/miou"]]
     assert curve == [(int(row["epoch"]), pytest.approx(float(row["val/miou"]), abs=1e-4)) for row in written]
