@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, for the tests: one node, started and stopped by the test session."""
+"""A real Slurm on this machine, for the tests: two nodes, started and stopped by the test session."""
 
 import os
 import shutil
@@ -12,17 +12,16 @@ from pathlib import Path
 CONFIG = """
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
-SlurmdPort={node_port}
+SlurmctldPort={ports[0]}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -32,8 +31,9 @@ MpiDefault=none
 KillWait=5
 MinJobAge=600
 SchedulerParameters=sched_min_interval=500000,batch_sched_delay=1
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory}
-PartitionName=main Nodes={host} Default=YES State=UP
+NodeName=first NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory={memory}
+NodeName=second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory={memory}
+PartitionName=main Nodes=first,second Default=YES State=UP
 """
 
 
@@ -49,26 +49,26 @@ def why_not() -> str | None:
 def running(folder: Path) -> Iterator[None]:
     """Starts munge (unless it runs) and Slurm; SLURM_CONF points to it meanwhile."""
     start_munge()
-    for name in ("state", "spool"):
-        (folder / name).mkdir(parents=True)
-    config = folder / "slurm.conf"
+    (folder / "state").mkdir(parents=True)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 * 3 // 4
-    host = socket.gethostname().split(".")[0]
-    ports = {"port": free_port(), "node_port": free_port()}
-    cpus = max(2, os.cpu_count() or 2)
-    config.write_text(CONFIG.format(host=host, folder=folder, cpus=cpus, memory=memory, **ports))
-    os.environ["SLURM_CONF"] = str(config)
+    host, cpus = socket.gethostname().split(".")[0], max(2, os.cpu_count() or 2)
+    config = CONFIG.format(host=host, folder=folder, cpus=cpus, memory=memory, ports=[free_port() for _ in range(3)])
+    (folder / "slurm.conf").write_text(config)
+    here = {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}  # no one resolves the nodes' names
+    os.environ.update(here)
+    commands = [["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in ("first", "second"))]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    daemons = [subprocess.Popen(c, **quiet) for c in (["slurmctld", "-D"], ["slurmd", "-D", "-N", host])]
+    daemons = [subprocess.Popen(command, **quiet) for command in commands]
     try:
-        wait_until(lambda: "idle" in output("sinfo", "-h", "-o", "%T"), "sinfo says idle", folder)
+        wait_until(lambda: output("sinfo", "-h", "-o", "%D %T") == "2 idle", "two nodes are idle", folder)
         yield
     finally:
         output("scancel", "--user=root")
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait(30)
-        del os.environ["SLURM_CONF"]
+        for name in here:
+            del os.environ[name]
 
 
 def start_munge() -> None:

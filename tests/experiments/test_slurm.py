@@ -73,6 +73,21 @@ def test_sweep_gives_the_numbers_of_single_processes(tmp_path: Path) -> None:
     assert means == [], "two of four folds are no mean"
 
 
+def test_two_nodes_train_as_one(tmp_path: Path) -> None:
+    setting = [*ALIKE, "trainer.max_epochs=2", "fold=0"]
+    one = run(*setting, f"hydra.run.dir={tmp_path}/one")
+    two = run("-m", *setting, "launcher=slurm_cpu", "launcher.nodes=2", f"hydra.sweep.dir={tmp_path}/two")
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    (folder,) = jobs_of(tmp_path / "two")
+    assert results(folder)["processes"] == 2
+    weights = [
+        torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for f in (tmp_path / "one", folder)
+    ]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=1e-5, rtol=1e-4)
+    assert results(folder)["test"]["miou"] == pytest.approx(results(tmp_path / "one")["test"]["miou"], abs=0.05)
+
+
 @pytest.mark.parametrize(
     "ask",
     [["scancel", "--signal=USR1"], ["scontrol", "requeue"]],
