@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, for the tests: two nodes, started and stopped by the test session."""
+"""A real Slurm on this machine, for the tests: two nodes, started and stopped by the tests."""
 
 import os
 import shutil
