@@ -1,4 +1,4 @@
-"""DataLoaders of episodes that take part in what happens to long trainings: clusters' signals, interruptions."""
+"""DataLoaders that take part in what happens to long trainings: clusters' signals, interruptions."""
 
 import signal
 import time
@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.episode import Episode
 
-
-class EpisodeLoader(DataLoader[Episode]):
+class EpisodeLoader(DataLoader[Any]):
     """Starts its workers when no thread of a process group is about to enter the interpreter.
 
     One that does so just then, as gloo's do after a barrier, holds a lock that the worker would wait for forever
@@ -33,7 +31,7 @@ class TrainingLoader(EpisodeLoader):
         self.given = self.sampler.skip  # type: ignore[attr-defined]
         return self.counted(super().__iter__())
 
-    def counted(self, batches: Iterator[Episode]) -> Iterator[Episode]:
+    def counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self.given += 1
             yield batch

@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 from datamodules.base import FewShotDataset, Fold
 from datamodules.episode import IGNORE
 from datamodules.errors import DatasetError
+from datamodules.loader import TrainingLoader, leave_the_end_to_the_first
 from datamodules.sampler import EpochSampler, shuffled
 
 GREY = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)  # ImageNet's mean: zero once normalised
@@ -88,10 +89,14 @@ class PixelDataModule(L.LightningDataModule):
         process, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.batch_size % processes:
             raise DatasetError(f"pretrain.batch_size={self.batch_size} does not divide by {processes} processes.")
-        return DataLoader(
+        sampler = EpochSampler(self.length, self.batch_size, process, processes)
+        if self.trainer:
+            sampler.set_epoch(self.trainer.current_epoch)  # workers read ahead before the Trainer says it
+        return TrainingLoader(
             self.pixels,
             batch_size=self.batch_size // processes,
-            sampler=EpochSampler(self.length, self.batch_size, process, processes),
+            sampler=sampler,
             num_workers=self.workers,
+            worker_init_fn=leave_the_end_to_the_first,
             persistent_workers=self.workers > 0,
         )

@@ -1,5 +1,6 @@
 """Checkpoints: two files a run, written whole or not at all, read without unpickling objects."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,21 @@ from pmnet.errors import CheckpointError
 def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
     """Keeps `checkpoints/best.ckpt`, of the best validation mIoU, and `checkpoints/last.ckpt`."""
     common: dict[str, Any] = {"dirpath": folder / "checkpoints", "enable_version_counter": False}
-    best = ModelCheckpoint(filename="best", monitor="val/miou", mode="max", **common)
+    best = BestCheckpoint(filename="best", monitor="val/miou", mode="max", **common)
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common)
     return [best, last]
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Knows the score of its `best.ckpt` also where the training goes on in another folder, with a copy of it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = Path(str(self.dirpath)) / "best.ckpt"
+        if here.exists() and state_dict["best_model_path"]:
+            path, score = str(here), state_dict["best_model_score"]
+            state_dict = state_dict | {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
+            state_dict["best_k_models"] = {path: score}
+        super().load_state_dict(state_dict)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -71,6 +84,13 @@ def find_checkpoint(ckpt: str | None, folder: Path | None, which: str) -> Path |
 def training_folder(run: Path) -> Path:
     """Where the weights that a run tested were trained: its own folder, or that of the run it shares them with."""
     return run if (run / "checkpoints").is_dir() else Path(read_json(run / "training.json").get("run", run))
+
+
+def put_aside(folder: Path) -> None:
+    """Renames a run's checkpoints, which are not those of its training any more."""
+    if (folder / "checkpoints").is_dir():
+        names = (f"checkpoints-before-{number}" for number in itertools.count(1))
+        (folder / "checkpoints").rename(next(folder / name for name in names if not (folder / name).exists()))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -4,11 +4,12 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes beside the old file and then takes its place."""
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{uuid4().hex}.part")  # processes of one job may write the same file at once
     part.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(part, path)
 

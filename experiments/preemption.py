@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from experiments.loggers import WandbLogger
+from experiments.processes import is_first
+from experiments.trainings import will_be_back
 
 log = logging.getLogger(__name__)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # clusters differ in which one comes before the time limit
@@ -24,13 +27,15 @@ class Requeue(L.Callback):
 
     After a warning (SIGUSR1, SIGUSR2) the job queues itself again; after SIGTERM it is Slurm that ends it, and that
     queues it again if it was preempted. The checkpoint is saved between two batches and by all processes at once,
-    which a signal's handler cannot do. In a validation or a test, which repeat in the same way, nothing is saved.
+    which a signal's handler cannot do. In a validation or a test, which repeat in the same way, nothing is saved; but
+    before an epoch's last batch it always is, so that a validation that is cut short does not cost the epoch.
     """
 
     asked = False  # whether this process was asked to leave: errors after that are no failure of the job
+    queue = False  # whether it is to queue the job again
 
     def __init__(self, folder: Path) -> None:
-        self.last, self.queue = folder / "checkpoints" / "last.ckpt", False
+        self.folder, self.last = folder, folder / "checkpoints" / "last.ckpt"
         for number in WARNINGS:
             signal.signal(number, self.take_note)
 
@@ -46,8 +51,10 @@ class Requeue(L.Callback):
             time.sleep(2)
         return Requeue.asked
 
-    def take_note(self, number: int, frame: FrameType | None) -> None:
-        self.queue = not Requeue.asked and number in WARNINGS
+    @staticmethod
+    def take_note(number: int, frame: FrameType | None) -> None:
+        if not Requeue.asked:  # a second signal, as the first goes unheeded for long, changes nothing
+            Requeue.queue = number in WARNINGS
         Requeue.asked = True
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the signal ends processes that read images, too
 
@@ -61,9 +68,13 @@ class Requeue(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
         any_process = partial(trainer.strategy.reduce_boolean_decision, all=False)
-        if not trainer.is_last_batch and any_process(Requeue.asked):
-            self.queue = any_process(self.queue)
+        if trainer.is_last_batch:
+            return
+        asked = any_process(Requeue.asked)
+        if asked or batch_index + 2 == trainer.num_training_batches:
             trainer.save_checkpoint(self.last, weights_only=False)
+        if asked:
+            Requeue.queue = any_process(Requeue.queue)
             self.leave(trainer, f"saved after batch {batch_index + 1} of epoch {trainer.current_epoch + 1}")
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -88,10 +99,29 @@ class Requeue(L.Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.leave()
-            if self.queue:
+            if Requeue.queue:
+                will_be_back(self.folder)
                 requeue()
         logging.shutdown()
         os._exit(1)
+
+
+def leave_if_asked(trainer: L.Trainer) -> None:
+    """For a job that waits for another's training."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Requeue):
+            callback.leave_if_asked(trainer, "waiting for another's training")
+
+
+def leave_after_error() -> NoReturn:
+    if Requeue.queue and is_first():
+        requeue()
+    sys.exit(1)
+
+
+def was_requeued() -> bool:
+    """Whether this job began earlier, in the same folder, and lost its place."""
+    return Requeue.wanted() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
 def requeue() -> None:

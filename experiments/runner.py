@@ -2,11 +2,13 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
@@ -33,14 +36,15 @@ from experiments.checkpoints import (
     check_same_training,
     checkpoint_callbacks,
     find_checkpoint,
+    put_aside,
     read_checkpoint,
     start_of_training,
 )
 from experiments.errors import UserError, explain
 from experiments.files import write_json
 from experiments.loggers import WandbLogger, make_loggers
-from experiments.preemption import Requeue
-from experiments.processes import is_first
+from experiments.preemption import Requeue, leave_after_error, leave_if_asked, was_requeued
+from experiments.processes import is_first, processes_of_slurm
 from pmnet.errors import PMNetError
 from pmnet.module import FewShotModule, TestResult
 from pmnet.network import PMNet
@@ -63,19 +67,28 @@ def run_job(cfg: DictConfig) -> float:
     if sweep.is_sweep_job() or "LOCAL_RANK" in os.environ:
         sweep.end_with_parent()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    (folder / "failure.json").unlink(missing_ok=True)
+    if is_first():
+        for name in ("failure.json", "results.json"):  # an earlier run's in the same folder are not this one's
+            (folder / name).unlink(missing_ok=True)
     quiet()
     code = 1
     try:
         score = pretrain(cfg, folder) if cfg.mode == "pretrain" else train_and_test(cfg, folder)
         code = 0
         return score
+    except SIGTERMException:
+        failure = {"error": "The process was asked to end (SIGTERM).", "traceback": None}
+        write_json(folder / "failure.json", failure | {"attempt": trainings.attempt()})
+        log.info("Asked to end (SIGTERM). The same command goes on after the last whole epoch.")
+        sys.exit(128 + signal.SIGTERM)
     except Exception as error:
-        if Requeue.was_asked():
-            raise SystemExit(1) from error  # what came of being ended is no failure of the job
         told = as_told(error)
+        if Requeue.was_asked():  # what came of being ended is no failure of the job
+            log.error("After Slurm had asked for this job's place: %s", told or repr(error))
+            leave_after_error()
         if told or not (folder / "failure.json").exists():  # of another process of this job, which it broke off
-            write_json(folder / "failure.json", {"error": told or repr(error), "traceback": traceback.format_exc()})
+            failure = {"error": told or repr(error), "traceback": traceback.format_exc()}
+            write_json(folder / "failure.json", failure | {"attempt": trainings.attempt()})
         if told is None:
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 raise
@@ -83,7 +96,7 @@ def run_job(cfg: DictConfig) -> float:
         Console(stderr=True, soft_wrap=True).print(
             f"[bold red]Error:[/] {escape(told or repr(error))}", highlight=False
         )
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        if HydraConfig.get().mode is RunMode.MULTIRUN and processes_of_slurm() < 2:  # else srun is to end the others
             return sweep.passed_over(told or repr(error))
         sys.exit(1)
     finally:
@@ -179,7 +192,8 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
 
 def train(cfg: DictConfig, folder: Path, trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule) -> Path:
     """Trains, or finds the training that another run has finished; returns the checkpoint to test."""
-    start = start_of_training(cfg.ckpt, folder, cfg.resume)
+    resume = goes_on(cfg, folder)
+    start = start_of_training(cfg.ckpt, folder, resume)
     if start:
         checkpoint = read_checkpoint(start)
         module.check_checkpoint(checkpoint)
@@ -187,9 +201,9 @@ def train(cfg: DictConfig, folder: Path, trainer: L.Trainer, module: FewShotModu
             check_same_training(start, checkpoint, module.record)
     store = Path(cfg.trainings) if cfg.reuse and cfg.ckpt is None else None
     shape = trainings.shape(cfg, data, module.network, trainer.world_size)
-    with trainings.claim(store, folder, shape, cfg.resume) as trained:
+    with trainings.claim(store, folder, shape, resume, partial(leave_if_asked, trainer)) as trained:
         if trained is None:
-            start = start_of_training(cfg.ckpt, folder, cfg.resume)  # anew: it may have been taken over just now
+            start = start_of_training(cfg.ckpt, folder, resume)  # anew: it may have been taken over just now
             if start:
                 log.info("Going on from %s", start)
             trainer.fit(module, data, ckpt_path=start, weights_only=True)
@@ -202,6 +216,14 @@ def train(cfg: DictConfig, folder: Path, trainer: L.Trainer, module: FewShotModu
     if best.stem == "last":
         log.warning("The training ended before its first validation: the last state of the network is tested.")
     return best
+
+
+def goes_on(cfg: DictConfig, folder: Path) -> bool:
+    """Whether what this folder's training left behind is looked at; if not, it is put aside."""
+    resume = cfg.resume or was_requeued()
+    if not resume and is_first():
+        put_aside(folder)
+    return resume
 
 
 def check_trained_on(record: dict[str, Any], data: FewShotDataModule) -> None:
@@ -261,7 +283,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> float:
     _, keep_last = checkpoint_callbacks(folder)
     trainer = make_trainer(cfg, folder, loggers, [EpochLog(), keep_last])
     data = PixelDataModule(pixels, p.batch_size, p.images_per_epoch, cfg.episodes.workers)
-    start = start_of_training(cfg.ckpt, folder, cfg.resume)
+    start = start_of_training(cfg.ckpt, folder, goes_on(cfg, folder))
     if start and read_checkpoint(start).get("state_dict", {}).keys() != module.state_dict().keys():
         raise UserError(f"{start} is no checkpoint of this pre-training: check ckpt, hydra.run.dir and backbone.")
     trainer.fit(module, data, ckpt_path=start, weights_only=True)

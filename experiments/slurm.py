@@ -7,7 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
-SBATCH = ("partition", "account", "qos", "constraint", "gres", "nodes", "gpus_per_node", "cpus_per_task")
+SBATCH = ["partition", "account", "qos", "constraint", "exclude", "gres", "nodes", "gpus_per_node", "gpus_per_task"]
+SBATCH += ["cpus_per_task", "cpus_per_gpu", "mem_per_gpu", "mem_per_cpu"]
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
 def refusal(launcher: DictConfig) -> str | None:
@@ -41,12 +43,15 @@ class QueueWatcher(SlurmInfoWatcher):
 
     def _make_command(self) -> list[str] | None:
         waiting = self._registered - self._finished
-        return ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%N"] if waiting else None
+        return ["squeue", "--me", "--noheader", "--states=all", "--array", "--format=%i|%T|%N"] if waiting else None
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
         """State by job id; a job that the queue has forgotten is over."""
         lines = string if isinstance(string, str) else string.decode()
         known = super().read_info(f"JobID|State|NodeList\n{lines}")
+        for info in known.values():  # CONFIGURING, SUSPENDED, ...: submitit takes what it does not know for the end
+            if info["State"] not in OVER | {"PENDING"}:
+                info["State"] = "RUNNING"
         return {job: {"State": "FORGOTTEN"} for job in self._registered} | known
 
 

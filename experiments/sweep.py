@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
@@ -41,7 +43,11 @@ class Sweep(Callback):
         self.folder, self.config = Path(config.hydra.sweep.dir), config
         self.slurm = on_slurm(config)
         if self.slurm:
-            if why := slurm.refusal(config.hydra.launcher):
+            try:
+                why = slurm.refusal(config.hydra.launcher)
+            except OmegaConfBaseException as error:  # Hydra would warn of it and go on
+                why = f"{str(error).splitlines()[0]} See conf/launcher/slurm.yaml."
+            if why:
                 stop(why)
             slurm.watch_the_queue()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +56,12 @@ class Sweep(Callback):
         Sweep.under_way = self
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if self.end():
+        try:
+            failed = self.end()
+        except Exception:  # Hydra would warn of it and end well
+            traceback.print_exc()
+            stop(f"The jobs have ended, but not the report on them: python -m experiments.report {self.folder}")
+        if failed:
             sys.exit(1)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -81,7 +92,8 @@ def planned(config: DictConfig) -> list[dict[str, Any]] | None:
     """The overrides of every job, in order; None where a search chooses them as it goes."""
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return None
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    always = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*always, *config.hydra.overrides.task])
     return [{"overrides": job} for job in BasicSweeper.split_arguments(overrides, None)[0]]
 
 
@@ -119,7 +131,7 @@ def run_alone(cfg: DictConfig) -> float:
         free = {} if in_turn else stack.enter_context(gpus_of_its_own(cfg.trainer.accelerator, cfg.trainer.devices))
         output = None if in_turn else stack.enter_context((folder / "output.txt").open("a"))
         done = subprocess.run(command, env=os.environ | free, stdout=output, stderr=output, check=False)
-    if done.returncode:
+    if done.returncode or not (folder / "results.json").exists():
         if not (folder / "failure.json").exists():
             write_json(folder / "failure.json", {"error": broken_off(done.returncode), "traceback": None})
         log.error("Job %d failed: %s", number, read_json(folder / "failure.json")["error"])
@@ -154,7 +166,7 @@ def broken_off(code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         return f"The process was ended by {name}" + (" (out of memory?)." if name == "SIGKILL" else ".")
-    return f"The process ended with exit code {code}."
+    return f"The process ended with exit code {code} and left no results."
 
 
 def end_with_parent() -> None:
@@ -173,12 +185,22 @@ def gpus_of_its_own(accelerator: str, devices: Any) -> Iterator[dict[str, str]]:
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     every = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if not isinstance(devices, int) or not 0 < devices <= len(every):
+    count = number_of(devices, len(every))
+    if not 0 < count <= len(every):
         yield {}  # the job says what is wrong
         return
     locks = Path(tempfile.gettempdir()) / f"pmnet-gpus-{os.getuid()}"
-    with claimed(every, devices, locks) as chosen:
+    with claimed(every, count, locks) as chosen:
         yield {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+
+
+def number_of(devices: Any, every: int) -> int:
+    """How many devices the Trainer takes `devices` for: a number, "auto", or a list of which."""
+    if isinstance(devices, str) and devices.lstrip("-").isdecimal():
+        devices = int(devices)
+    if devices in (-1, "auto"):
+        return every
+    return devices if isinstance(devices, int) else len(devices.split(",") if isinstance(devices, str) else devices)
 
 
 @contextmanager

@@ -9,25 +9,27 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 import datamodules
 import pmnet
 from datamodules import FewShotDataModule
 from datamodules.sampler import json_hash
-from experiments.checkpoints import find_checkpoint
+from experiments.checkpoints import find_checkpoint, put_aside
+from experiments.errors import UserError
 from experiments.files import read_json, write_json
-from experiments.processes import is_first
+from experiments.processes import is_first, processes_of_slurm
 from experiments.results import commit
 from pmnet.network import PMNet
 
 log = logging.getLogger(__name__)
+ABSENCE = 600  # seconds for which a training is kept for the job that Slurm is about to start again
 MACHINE = {"_target_", "accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"}  # of cfg.trainer
 PLACES = {"root", "splits"}  # of a dataset: its files' content counts, not where they lie
 
@@ -66,7 +68,9 @@ def code() -> str:
 
 
 @contextmanager
-def claim(store: Path | None, folder: Path, shape: dict[str, Any], resume: bool) -> Iterator[Path | None]:
+def claim(
+    store: Path | None, folder: Path, shape: dict[str, Any], resume: bool, waiting: Callable[[], None] = lambda: None
+) -> Iterator[Path | None]:
     """Yields the run whose finished training of this shape is to be tested, or None where this job is to train.
 
     While this job trains it holds the shape's lock, and its training counts as finished when the block ends without
@@ -77,6 +81,7 @@ def claim(store: Path | None, folder: Path, shape: dict[str, Any], resume: bool)
         store: folder of the locks and names; None shares nothing.
         folder: of this run.
         resume: whether anything earlier is looked at.
+        waiting: called once a second while another job trains.
     """
     if not is_first():
         yield decision_of_the_first(folder)
@@ -88,10 +93,12 @@ def claim(store: Path | None, folder: Path, shape: dict[str, Any], resume: bool)
             yield None
         return
     entry = store / f"{fingerprint}.json"
-    with locked(entry):
+    with locked(entry, folder, waiting):
         run = Path(read_json(entry).get("run", folder))
         done = resume and is_finished(run, fingerprint)
         if done:
+            if run != folder.absolute():
+                put_aside(folder)  # what this job had itself trained of it before another went on with that
             write_json(folder / "training.json", read_json(run / "training.json") | {"attempt": attempt()})
         else:
             if resume and not find_checkpoint(None, folder, "last"):
@@ -104,19 +111,42 @@ def claim(store: Path | None, folder: Path, shape: dict[str, Any], resume: bool)
 
 
 @contextmanager
-def locked(entry: Path) -> Iterator[None]:
+def locked(entry: Path, folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Holds the lock beside `entry`; it is the kernel's, so that a killed job's is free at once."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(entry.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("Waiting for the same training, which is under way in %s", read_json(entry).get("run", "another job"))
-        lock.acquire(poll_interval=1)
+    told = False
+    while not acquired(lock, entry, folder):
+        if not told:
+            run = read_json(entry).get("run", "another job")
+            log.info("Waiting for the same training, which is under way in %s", run)
+        told = True
+        waiting()
+        time.sleep(1)
     try:
         yield
     finally:
         lock.release()
+
+
+def acquired(lock: BaseFileLock, entry: Path, folder: Path) -> bool:
+    """Takes the lock, unless it is another's or kept for one that will be back."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    run = Path(read_json(entry).get("run", folder))
+    if run != folder.absolute() and read_json(run / "training.json").get("back_by", 0) > time.time():
+        lock.release()
+        return False
+    return True
+
+
+def will_be_back(folder: Path) -> None:
+    """Keeps the training of a job that Slurm starts again from those that wait for it."""
+    training = read_json(folder / "training.json")
+    if training.get("run") == str(folder.absolute()) and not training["finished"]:
+        write_json(folder / "training.json", training | {"back_by": time.time() + ABSENCE})
 
 
 @contextmanager
@@ -156,6 +186,9 @@ def take_over(run: Path, folder: Path, fingerprint: str) -> None:
 def decision_of_the_first(folder: Path) -> Path | None:
     """What the job's first process decided in this attempt, once it has; it may wait long for another's training."""
     while (training := read_json(folder / "training.json")).get("attempt") != attempt():
+        failure = read_json(folder / "failure.json")
+        if failure.get("attempt") == attempt():
+            raise UserError(failure["error"])
         time.sleep(0.2)
     return Path(training["run"]) if training["finished"] else None
 
@@ -163,8 +196,9 @@ def decision_of_the_first(folder: Path) -> Path | None:
 def attempt() -> str:
     """Names this start of the job, the same in all its processes and another after a requeue."""
     get = os.environ.get
-    if "SLURM_JOB_ID" in os.environ:
-        return f"slurm {get('SLURM_JOB_ID')} {get('SLURM_STEP_ID')} {get('SLURM_RESTART_COUNT', 0)}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return f"torchrun {get('TORCHELASTIC_RUN_ID')} {get('MASTER_PORT')} {get('TORCHELASTIC_RESTART_COUNT')}"
+        launcher = os.getppid() if get("GROUP_WORLD_SIZE") == "1" else ""  # a process of each node
+        return f"torchrun {get('TORCHELASTIC_RUN_ID')} {launcher} {get('TORCHELASTIC_RESTART_COUNT')}"
+    if processes_of_slurm() > 1:
+        return f"slurm {get('SLURM_JOB_ID')} {get('SLURM_STEP_ID')} {get('SLURM_RESTART_COUNT', 0)}"
     return f"process {os.getpid() if is_first() else os.getppid()}"  # the first starts the others

@@ -162,6 +162,18 @@ def test_failing_and_killed_jobs_are_reported_and_take_no_other_down(tmp_path: P
     assert jobs_of(tmp_path) == [tmp_path / "2-synthetic-small-fold1-shot1"]
 
 
+def test_process_that_fails_takes_the_others_along(tmp_path: Path) -> None:
+    """The first cannot write where trainings find each other; the second would wait for its decision."""
+    (tmp_path / "file").touch()
+    start = time.time()
+    done = run("-m", *TINY, *TWO, "fold=0", f"trainings={tmp_path}/file", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert done.returncode == 1
+    assert time.time() - start < 120
+    (failed,) = (tmp_path / "sweep").glob("*/failure.json")
+    assert "File exists" in read_json(failed)["error"] or "Not a directory" in read_json(failed)["error"]
+    assert "1 failed of 1 run" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "setting, words",
     [

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import sweep
-from experiments.files import read_json
+from experiments import slurm, sweep
+from experiments.files import read_json, write_json
 from tests.conftest import ROOT, TINY, command, results, run
 from tests.wandb_files import runs_in
 
@@ -205,6 +205,44 @@ def test_wrong_override_is_told_without_a_report(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Could not find 'shot/0'" in done.stderr
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "devices, number", [(2, 2), ("2", 2), ("auto", 4), (-1, 4), ("-1", 4), ([1, 3], 2), ("1,3", 2), (0, 0)]
+)
+def test_number_of_devices_that_a_job_takes(devices: object, number: int) -> None:
+    assert sweep.number_of(devices, 4) == number
+
+
+def test_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:
+    """As those of a job do that all fail for the same reason."""
+    errors: list[Exception] = []
+
+    def write() -> None:
+        try:
+            for _ in range(200):
+                write_json(tmp_path / "failure.json", {"error": "none"})
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors
+    assert [p.name for p in tmp_path.iterdir()] == ["failure.json"]
+
+
+def test_states_of_slurm_that_are_no_end(monkeypatch) -> None:
+    """Nodes that power up, jobs that are suspended; a long list of those that wait."""
+    watcher = slurm.QueueWatcher()
+    for job in ("7_0", "7_1", "7_2", "7_3", "8"):
+        watcher.register_job(job)
+    said = "7_0|CONFIGURING|n1\n7_1|SUSPENDED|n1\n7_2|PENDING|\n7_3|FAILED|n1\n"
+    states = {job: info["State"] for job, info in watcher.read_info(said).items()}
+    assert states == {"7_0": "RUNNING", "7_1": "RUNNING", "7_2": "PENDING", "7_3": "FAILED", "8": "FORGOTTEN"}
+    assert "--array" in (watcher._make_command() or [])
 
 
 def test_jobs_never_have_the_same_gpus(tmp_path: Path) -> None:

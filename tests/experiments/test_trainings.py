@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 
 from experiments import trainings
 from experiments.checkpoints import find_checkpoint
+from experiments.errors import UserError
 from experiments.files import read_json, write_json
 from tests.conftest import ROOT, TINY
 
@@ -167,11 +168,57 @@ def test_lock_of_a_killed_job_is_free(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "checkpoints" / "best.ckpt").exists()
 
 
+def test_training_is_kept_for_a_job_that_slurm_starts_again(tmp_path: Path, monkeypatch) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "store", a, fail=True)
+    monkeypatch.setattr(trainings, "ABSENCE", 3)
+    trainings.will_be_back(a)
+    waited: list[float] = []
+    with trainings.claim(tmp_path / "store", a, SHAPE, True) as done:  # it is back: its own it may take at once
+        assert done is None
+        trainings.will_be_back(a)
+    b.mkdir()
+    trainings.will_be_back(a)
+    write_json(a / "training.json", read_json(a / "training.json") | {"finished": False, "back_by": time.time() + 3})
+    with trainings.claim(tmp_path / "store", b, SHAPE, True, lambda: waited.append(time.time())) as done:
+        assert done is None
+    assert len(waited) >= 2
+    assert (b / "checkpoints" / "last.ckpt").read_text() == "of a"
+
+
+def test_job_that_waits_can_be_called_away(tmp_path: Path) -> None:
+    store, a = tmp_path / "store", tmp_path / "a"
+    a.mkdir()
+    with trainings.claim(store, a, SHAPE, True):
+
+        def follow() -> None:
+            with trainings.claim(store, tmp_path / "b", SHAPE, True, called_away):
+                pass
+
+        def called_away() -> None:
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            follow()
+
+
+def test_checkpoints_of_a_training_that_went_on_elsewhere_are_put_aside(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "store", a, fail=True)
+    assert train(tmp_path / "store", b) is None
+    assert train(tmp_path / "store", a) == b
+    assert find_checkpoint(str(a), None, "best") == b / "checkpoints" / "best.ckpt"
+    assert (a / "checkpoints-before-1" / "last.ckpt").read_text() == "of a"
+
+
 def test_other_processes_of_a_job_read_the_decision_of_the_first(tmp_path: Path, monkeypatch) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     train(tmp_path / "store", a)
     b.mkdir()
-    for variable, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}.items():
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_RESTART_COUNT": "1"}
+    for variable, value in slurm.items():
         monkeypatch.setenv(variable, value)
     write_json(b / "training.json", {"attempt": "slurm 7 0 0", "run": "/stale", "finished": True})  # before the requeue
     seen = []
@@ -188,3 +235,11 @@ def test_other_processes_of_a_job_read_the_decision_of_the_first(tmp_path: Path,
     assert train(tmp_path / "store", b) == a
     follower.join(10)
     assert seen == [a]
+
+
+def test_other_processes_of_a_job_end_with_the_first(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trainings, "is_first", lambda: False)
+    write_json(tmp_path / "failure.json", {"error": "the store is on a full disk", "attempt": "an earlier start"})
+    write_json(tmp_path / "failure.json", {"error": "the store is on a full disk", "attempt": trainings.attempt()})
+    with pytest.raises(UserError, match="full disk"), trainings.claim(tmp_path / "store", tmp_path, SHAPE, True):
+        pass
