@@ -2,11 +2,11 @@
 
 Axes, as used in the names of tensors here and in `hsfm.py`:
 
-    B batch    K shots    A attention heads    L blocks of one backbone stage
-    C channels    Q query pixels (hq*wq)    S support pixels (hs*ws)
+    B batch    K shots    N pairs of query and support (B*K)    A attention heads    L blocks of one backbone stage
+    C channels    P pixels: Q of the query (hq*wq), S of the support (hs*ws)
 
-Affinities are kept with their channels last in memory, (N, hq, wq, hs, ws, L) with N = B*K*A: both
-convolutions of the HSFM then read them without a permutation.
+Affinities are kept with their channels last in memory, (N*A, hq, wq, hs, ws, L): both convolutions of the HSFM then
+read them without a permutation.
 """
 
 import torch
@@ -27,6 +27,18 @@ def position_code(tokens: int, channels: int, like: Tensor) -> Tensor:
     return torch.stack([angle_SC.sin(), angle_SC.cos()], dim=-1).flatten(1).to(like.dtype)
 
 
+class Dropout(nn.Dropout):
+    """As torch's; on a CPU, where a generator draws one number after the other, each draw decides on four entries."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p in (0, 1) or x.device.type != "cpu":
+            return super().forward(x)
+        lowest = torch.iinfo(torch.int64).min
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(lowest, None).view(torch.int16)
+        kept = draws[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * kept / (1 - self.p)
+
+
 class Affinity(nn.Module):
     """Inner products between every query pixel and every support pixel, per block and per head.
 
@@ -41,33 +53,32 @@ class Affinity(nn.Module):
 
     def __init__(self, channels: int, linear_heads: bool = False, dropout: float = 0.5) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.query_linear = nn.Linear(channels, channels) if linear_heads else nn.Identity()
         self.support_linear = nn.Linear(channels, channels) if linear_heads else nn.Identity()
 
-    def forward(self, query_feats: list[Tensor], support_feats: list[Tensor]) -> Tensor:
-        """Affinities of one stage.
+    def query_tokens(self, features: list[Tensor]) -> list[Tensor]:
+        """L tensors (B, C, hq, wq) -> L tensors (B, A, Q, C/A)."""
+        return self.tokens(features, self.query_linear)
+
+    def support_tokens(self, features: list[Tensor]) -> list[Tensor]:
+        """L tensors (N, C, hs, ws) -> L tensors (N, A, S, C/A)."""
+        return self.tokens(features, self.support_linear)
+
+    def tokens(self, features: list[Tensor], linear: nn.Module) -> list[Tensor]:
+        code_PC = position_code(features[0][0, 0].numel(), features[0].shape[1], features[0])
+        coded_BPC = (feature.flatten(2).transpose(1, 2) + code_PC for feature in features)
+        return [linear(self.dropout(x)).unflatten(2, (HEADS, -1)).transpose(1, 2) for x in coded_BPC]
+
+    def forward(self, query_tokens: list[Tensor], support_tokens: list[Tensor]) -> Tensor:
+        """Affinities of N pairs.
 
         Args:
-            query_feats: L tensors (B, C, hq, wq).
-            support_feats: L tensors (B, K, C, hs, ws).
+            query_tokens: L tensors (N, A, Q, C/A).
+            support_tokens: L tensors (N, A, S, C/A).
 
         Returns:
-            (B*K*A, L, hq, wq, hs, ws), channels last in memory.
+            (N*A, Q, S, L).
         """
-        B, C, hq, wq = query_feats[0].shape
-        K, hs, ws = support_feats[0].shape[1], *support_feats[0].shape[-2:]
-        query_code_QC = position_code(hq * wq, C, query_feats[0])
-        support_code_SC = position_code(hs * ws, C, query_feats[0])
-
-        blocks = []
-        for query_BCHW, support_BKCHW in zip(query_feats, support_feats, strict=True):
-            query_BQC = query_BCHW.flatten(2).transpose(1, 2) + query_code_QC
-            support_BKSC = support_BKCHW.flatten(3).transpose(2, 3) + support_code_SC
-            query_BQC = self.query_linear(self.dropout(query_BQC))
-            support_BKSC = self.support_linear(self.dropout(support_BKSC))
-            query_B1AQC = query_BQC.unflatten(-1, (HEADS, -1)).transpose(1, 2)[:, None]
-            support_BKACS = support_BKSC.unflatten(-1, (HEADS, -1)).permute(0, 1, 3, 4, 2)
-            blocks.append(query_B1AQC @ support_BKACS)
-        S_BKAQSL = torch.stack(blocks, dim=-1)
-        return S_BKAQSL.reshape(B * K * HEADS, hq, wq, hs, ws, -1).movedim(-1, 1)
+        blocks = [q @ s.transpose(2, 3) for q, s in zip(query_tokens, support_tokens, strict=True)]
+        return torch.stack(blocks, dim=-1).flatten(0, 1)

@@ -1,6 +1,9 @@
 """Decoder (paper 3.4; Conv1, Conv2 and the classifier head as in the authors' program)."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmnet.hsfm import resize
@@ -78,8 +81,22 @@ class Decoder(nn.Module):
         """
         m = self.conv2_a(up2(self.conv1_4(coarse4)) + self.conv1_3(coarse3))
         m = self.conv2_b(up2(m))
-        m = torch.cat([up2(torch.cat([m, layer2], dim=1)), layer1], dim=1)
-        return self.mixer3(up2(self.mixer2(up2(self.mixer1(m)))))
+        first: Any = self.mixer1[0]
+        m = self.mixer1[1:](fused(first, torch.cat([m, layer2], dim=1), layer1))
+        return self.mixer3(up2(self.mixer2(up2(m))))
+
+
+def fused(conv: nn.Conv2d, coarse: Tensor, fine: Tensor) -> Tensor:
+    """What a 3x3 convolution gives for cat[up2(coarse), fine], at about half the cost.
+
+    A product over channels commutes with resizing: each of the nine products is taken of the small map, resized, and
+    added at its place.
+    """
+    of_coarse, of_fine = conv.weight.split([coarse.shape[1], fine.shape[1]], dim=1)
+    nine = of_coarse.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)[..., None, None]
+    resized = up2(F.conv2d(coarse, nine)).flatten(2)
+    added = F.fold(resized, (fine.shape[2], fine.shape[3]), kernel_size=3, padding=1)
+    return added + F.conv2d(fine, of_fine, conv.bias, padding=1)
 
 
 def up2(x: Tensor) -> Tensor:

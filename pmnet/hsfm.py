@@ -1,7 +1,8 @@
 """Hysteretic spatial filtering module, HSFM (paper 3.3). Axis letters: see `affinity.py`."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,11 +34,38 @@ class B3DConv(nn.Module):
 
     def forward(self, S: Tensor) -> Tensor:
         """(N, C, hq, wq, hs, ws) -> (N, C', hq, wq, hs, ws), channels last in memory."""
+        query, support = self.query_conv, self.support_conv
+        over_query, over_support = query.weight, support.weight
+        bias: Tensor = query.bias + support.bias  # type: ignore[operator]
+        known = isinstance(self.norm, nn.BatchNorm3d) and not self.norm.training  # before the input is
+        if known:
+            over_query, over_support, bias = folded(self.norm, over_query, over_support, bias)
         hq, wq, hs, ws = S.shape[2:]
-        over_query = self.query_conv(S.flatten(4)).unflatten(4, (hs, ws))
-        over_support = self.support_conv(S.flatten(2, 3)).unflatten(2, (hq, wq))
-        enhanced = self.norm((over_query + over_support).flatten(2, 3))
-        return F.relu(enhanced, inplace=True).unflatten(2, (hq, wq))
+        enhanced = F.conv3d(S.flatten(4), over_query, bias, padding=query.padding)
+        enhanced += F.conv3d(S.flatten(2, 3), over_support, padding=support.padding).unflatten(2, (hq, wq)).flatten(4)
+        if not known:
+            enhanced = self.norm(enhanced)
+        return F.relu(enhanced, inplace=True).unflatten(4, (hs, ws))
+
+
+def folded(norm: nn.Module, over_query: Tensor, over_support: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolutions' weights and their common bias with a BatchNorm in eval mode in them."""
+    mean, var, weight = norm.running_mean, norm.running_var, norm.weight
+    scale: Tensor = weight * torch.rsqrt(var + norm.eps)  # type: ignore[operator]
+    shift: Tensor = norm.bias + (bias - mean) * scale  # type: ignore[operator]
+    return over_query * scale.view(-1, 1, 1, 1, 1), over_support * scale.view(-1, 1, 1, 1, 1), shift
+
+
+class Evidence(NamedTuple):
+    """What each support says about each query pixel; shots are weighed against each other by `logsum`.
+
+    Attributes:
+        share: of the softmax over the support's pixels, what is on its mask; (N, A, Q, C) in [0, 1].
+        logsum: logarithm of that softmax's denominator, likewise.
+    """
+
+    share: Tensor
+    logsum: Tensor
 
 
 class HSFM(nn.Module):
@@ -58,25 +86,41 @@ class HSFM(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, S: Tensor, support_masks: Tensor) -> Tensor:
-        """Coarse query masks of one stage (paper eq. 3).
-
-        Each shot is enhanced on its own; the softmax then runs over the support pixels of all shots.
+    def forward(
+        self, S: Tensor, mask_NS: Tensor, query_size: tuple[int, int], support_size: tuple[int, int]
+    ) -> Evidence:
+        """Enhances the affinities of N pairs, and takes the softmax over each support's pixels (paper eq. 3).
 
         Args:
-            S: (B*K*A, L, hq, wq, hs, ws).
-            support_masks: (B, K, H, W), float in [0, 1].
-
-        Returns:
-            (B, C, hq, wq), values in [0, 1].
+            S: (N*A, Q, S, L).
+            mask_NS: the supports' masks at their feature size, in [0, 1].
+            query_size: hq, wq.
+            support_size: hs, ws.
         """
-        hq, wq, hs, ws = S.shape[2:]
-        B, K = support_masks.shape[:2]
-        mask_BT = resize(support_masks, (hs, ws)).reshape(B, K * hs * ws)
-        S_BKACQS = self.b3dconvs(S).flatten(4).flatten(2, 3).unflatten(0, (B, K, HEADS))
-        S_BAQTC = S_BKACQS.permute(0, 2, 4, 1, 5, 3).flatten(3, 4)  # T: the pixels of all K supports
-        coarse_BACQ = S_BAQTC.softmax(dim=3).transpose(3, 4) @ mask_BT.to(S.dtype)[:, None, None, :, None]
-        return coarse_BACQ.squeeze(-1).mean(dim=1).transpose(1, 2).unflatten(2, (hq, wq))
+        S = S.unflatten(2, support_size).unflatten(1, query_size).movedim(-1, 1)
+        enhanced = self.b3dconvs(S).movedim(1, -1).flatten(3, 4).flatten(1, 2)
+        E_NAQSC = enhanced.unflatten(0, (-1, HEADS))
+        softmax = E_NAQSC.softmax(dim=3)
+        share = (softmax * mask_NS[:, None, None, :, None]).sum(dim=3)
+        peak = softmax.max(dim=3, keepdim=True)  # exp(its value - logsum); torch.logsumexp takes twice as long
+        logsum = E_NAQSC.gather(3, peak.indices) - peak.values.log()
+        return Evidence(share, logsum.squeeze(3))
+
+
+def coarse_mask(evidence: Evidence, shots: int) -> Tensor:
+    """What a softmax over the support pixels of all shots gives (paper eq. 3); its mean over heads.
+
+    Args:
+        evidence: of N = B*K pairs, the shots of an episode side by side.
+
+    Returns:
+        (B, C, Q), values in [0, 1].
+    """
+    share_BAQC = evidence.share
+    if shots > 1:
+        share_BKAQC, logsum_BKAQC = (x.unflatten(0, (-1, shots)) for x in evidence)
+        share_BAQC = (logsum_BKAQC.softmax(dim=1) * share_BKAQC).sum(dim=1)
+    return share_BAQC.mean(dim=1).transpose(1, 2)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

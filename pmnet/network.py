@@ -1,6 +1,6 @@
 """PMNet (paper 3.2): frozen backbone, affinity, HSFM, decoder in a row."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from pmnet.affinity import HEADS, Affinity
 from pmnet.backbone import Backbone, Features
 from pmnet.decoder import Decoder
-from pmnet.hsfm import HSFM, Norm, resize
+from pmnet.hsfm import HSFM, Evidence, Norm, coarse_mask, resize
+from pmnet.memory import keep_freed_memory
 
 MATCHED = ("layer3", "layer4")  # the stages whose every block gives an affinity
+LARGEST = 2**21  # entries of the affinities that are enhanced at a time, where shots need not be normalised together
 
 
 class PMNetHead(nn.Module):
@@ -57,15 +59,29 @@ class PMNetHead(nn.Module):
             Logits (B, 2, H, W): background, foreground.
         """
         support_masks = support_masks.to(query_feats["layer1"][0].dtype)
-        coarse = {}
-        for layer in MATCHED:
-            supports = support_feats[layer]
-            if not self.support_background:
-                mask_BK1HW = resize(support_masks, (supports[0].shape[-2], supports[0].shape[-1]))[:, :, None]
-                supports = [feature * mask_BK1HW for feature in supports]
-            S = self.affinity[layer](query_feats[layer], supports)
-            coarse[layer] = self.hsfm[layer](S, support_masks)
+        coarse = {m: self.match(m, query_feats[m], support_feats[m], support_masks) for m in MATCHED}
         return self.decoder(coarse["layer3"], coarse["layer4"], query_feats["layer1"][-1], query_feats["layer2"][-1])
+
+    def match(self, layer: str, query: list[Tensor], support: list[Tensor], support_masks: Tensor) -> Tensor:
+        """The coarse masks of one stage, (B, C, hq, wq)."""
+        B, K = support_masks.shape[:2]
+        hq, wq, hs, ws = (*query[0].shape[-2:], *support[0].shape[-2:])
+        mask_N1HW = resize(support_masks, (hs, ws)).flatten(0, 1)[:, None]
+        supports = [feature.flatten(0, 1) for feature in support]
+        if not self.support_background:
+            supports = [feature * mask_N1HW for feature in supports]
+        affinity, hsfm = cast(Affinity, self.affinity[layer]), self.hsfm[layer]
+        query_tokens, support_tokens = affinity.query_tokens(query), affinity.support_tokens(supports)
+
+        def evidence(pairs: slice) -> Evidence:
+            episodes = torch.arange(B * K, device=mask_N1HW.device)[pairs] // K
+            S = affinity([q[episodes] for q in query_tokens], [s[pairs] for s in support_tokens])
+            return hsfm(S, mask_N1HW[pairs].flatten(1), (hq, wq), (hs, ws))
+
+        at_once = B * K if self.training else max(1, LARGEST // (HEADS * hq * wq * hs * ws))
+        parts = [evidence(slice(i, i + at_once)) for i in range(0, B * K, at_once)]
+        together = Evidence(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return coarse_mask(together, K).unflatten(2, (hq, wq))
 
 
 class PMNet(nn.Module):
@@ -85,7 +101,8 @@ class PMNet(nn.Module):
 
     def __init__(self, backbone: Backbone, **head: Any) -> None:
         super().__init__()
-        self.backbone = backbone.freeze()
+        keep_freed_memory()
+        self.backbone = backbone.freeze().to(memory_format=torch.channels_last)
         self.head = PMNetHead(backbone.channels, backbone.blocks, **head)
 
     def forward(self, query: Tensor, support: Tensor, support_masks: Tensor) -> Tensor:
@@ -110,8 +127,16 @@ class PMNet(nn.Module):
                 "want query (B,3,H,W), support (B,K,3,H,W), masks (B,K,H,W), got "
                 f"{tuple(query.shape)}, {tuple(support.shape)}, {tuple(support_masks.shape)}"
             )
-        with torch.no_grad():
-            query_feats = self.backbone(query)
-            support_feats = self.backbone(support.flatten(0, 1))
+        query_feats, support_feats = self.features(query, support.flatten(0, 1))
         support_feats = {layer: [feature.unflatten(0, (B, K)) for feature in support_feats[layer]] for layer in MATCHED}
         return self.head(query_feats, support_feats, support_masks)
+
+    @torch.no_grad()
+    def features(self, query: Tensor, support: Tensor) -> tuple[Features, Features]:
+        """The backbone's, of both in one pass where they have the same size."""
+        if (query.shape[1:], query.dtype) != (support.shape[1:], support.dtype):
+            return self.backbone(query), self.backbone(support)
+        both = self.backbone(torch.cat([query, support]))
+        split = {layer: [f.split([len(query), len(support)]) for f in blocks] for layer, blocks in both.items()}
+        query_feats, support_feats = ({m: [f[i] for f in blocks] for m, blocks in split.items()} for i in (0, 1))
+        return query_feats, support_feats

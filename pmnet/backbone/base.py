@@ -47,6 +47,7 @@ class Backbone(nn.Module, ABC):
         Args:
             images: (B, 3, H, W); uint8 is normalised here, on its device; float is taken as normalised.
         """
+        images = images.contiguous(memory_format=torch.channels_last)
         if images.dtype == torch.uint8:
             images = (images / 255 - self.mean) / self.std
         features = self.blocks_of(images)

@@ -56,10 +56,10 @@ def residual_features(trunk: nn.Module, x: Tensor) -> Features:
     for layer in ("layer1", "layer2", "layer3", "layer4"):
         features[layer] = []
         for block in getattr(trunk, layer):
-            out = F.relu(block.bn1(block.conv1(x)))
+            out = F.relu(block.bn1(block.conv1(x)), inplace=True)
             out = block.bn2(block.conv2(out))
             if hasattr(block, "conv3"):  # a bottleneck
-                out = block.bn3(block.conv3(F.relu(out)))
+                out = block.bn3(block.conv3(F.relu(out, inplace=True)))
             out = out + (x if block.downsample is None else block.downsample(x))
             features[layer].append(out)
             x = F.relu(out)

@@ -78,9 +78,9 @@ def assert_holds(backbone, state):
 
 @pytest.mark.parametrize("build", [RESNET18, RESNET50], ids=["resnet18", "resnet50"])
 def test_resnet_features_are_the_blocks_sums_before_the_last_relu(build):
-    backbone = build().freeze()
+    backbone = build().freeze().double()
     randomise(backbone.trunk)
-    images = torch.randn(2, 3, 64, 96)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     outputs = {layer: [] for layer in LAYERS}  # torchvision's, after the last ReLU
     for layer, kept in outputs.items():
         for block in getattr(backbone.trunk, layer):
@@ -88,11 +88,11 @@ def test_resnet_features_are_the_blocks_sums_before_the_last_relu(build):
     with torch.no_grad():
         logits, features = backbone.trunk(images), backbone(images)
         last = F.relu(features["layer4"][-1])
-        torch.testing.assert_close(backbone.trunk.fc(last.mean((2, 3))), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(backbone.trunk.fc(last.mean((2, 3))), logits, rtol=1e-9, atol=1e-9)
     for layer in LAYERS:
         wanted = outputs[layer] if layer in ("layer3", "layer4") else outputs[layer][-1:]
         for feature, output in zip(features[layer], wanted, strict=True):
-            torch.testing.assert_close(F.relu(feature), output, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(F.relu(feature), output, rtol=1e-9, atol=1e-9)
             assert (feature < 0).any()
 
 

@@ -1,19 +1,22 @@
 """The head against a golden file of the authors' program and against a second, literal implementation."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import pmnet.affinity
+import pmnet.network
 from pmnet import PMNet, PMNetHead
-from pmnet.affinity import Affinity
+from pmnet.affinity import Affinity, Dropout
 from pmnet.backbone import SmallBackbone
 from pmnet.convert import head_from_release
 from pmnet.errors import CheckpointError
 from tests import plain
 from tests.plain import plain_head
+from tests.plain_network import plain_network_head
 
 RESNET = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}
 SMALL = {"layer1": 8, "layer2": 16, "layer3": 32, "layer4": 64}
@@ -289,6 +292,37 @@ def test_gradients_agree_with_the_plain_implementation(options):
         assert name.endswith("bias") or theirs.abs().max() > 1e-9, f"{name} does not matter in this test"
 
 
+def test_pairs_enhanced_in_parts_or_at_once_are_the_same(monkeypatch):
+    head, inputs = random_head().double(), random_inputs(shots=3, batch=2)
+    with torch.no_grad():
+        at_once = head(*inputs)
+        monkeypatch.setattr(pmnet.network, "LARGEST", 1)
+        torch.testing.assert_close(head(*inputs), at_once, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_training_agrees_with_ready_operations(norm):
+    """Statistics of the batch among them, which the slow formulas above do not have."""
+    head = random_head(norm=norm, dropout=0.0).double().train()
+    inputs = random_inputs(batch=3)
+    running = {name: t.clone() for name, t in head.named_buffers()}
+    found = []
+    for forward in (head, partial(plain_network_head, head)):
+        head.load_state_dict(running, strict=False)
+        logits = forward(*inputs)
+        gradients = torch.autograd.grad(logits.square().mean(), list(head.parameters()))
+        found.append([logits, *gradients, *(t.clone() for t in head.buffers())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_ready_operations_agree_with_the_plain_implementation(shots):
+    head, inputs = random_head().double(), random_inputs(shots=shots, batch=2)
+    with torch.no_grad():
+        torch.testing.assert_close(plain_network_head(head, *inputs), head(*inputs), rtol=0, atol=1e-12)
+
+
 def test_whole_network_agrees_on_features_of_its_backbone():
     torch.manual_seed(0)
     network = PMNet(SmallBackbone("none"), norm="group").eval()
@@ -309,10 +343,32 @@ def test_dropout_of_a_half_falls_on_query_and_support_tokens_while_training():
     affinity = Affinity(8)
     # token 0 has the code 0, 1, 0, 1, ...: what remains is 1, 0, 1, 0, ... and each inner product 1 * 1
     feature = torch.tensor([1.0, -1.0] * 4).view(1, 8, 1, 1).expand(4096, -1, -1, -1)
-    S = affinity.train()([feature], [feature[:, None]])
+    affinity.train()
+    S = affinity(affinity.query_tokens([feature]), affinity.support_tokens([feature]))
     assert set(S.unique().tolist()) == {0.0, 4.0}  # (1 / 0.5) ** 2 where neither was dropped
     assert (S == 4).float().mean().item() == pytest.approx(0.25, abs=0.02)
-    assert (affinity.eval()([feature], [feature[:, None]]) == 1).all()
+    affinity.eval()
+    assert (affinity(affinity.query_tokens([feature]), affinity.support_tokens([feature])) == 1).all()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.7])
+def test_dropout_drops_its_share_independently_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    dropout = Dropout(p)
+    x = torch.full((3, 1_000_001), 2.0)
+    y = dropout(x)
+    assert y.unique().tolist() == [0.0, pytest.approx(2 / (1 - p))]
+    dropped = (y == 0).double()
+    torch.testing.assert_close(dropped.mean(1), torch.full((3,), p, dtype=torch.float64), rtol=0, atol=0.003)
+    for lag in (1, 2, 3, 4, 5, 8):  # entries that share a draw, and those that do not
+        both = (dropped[:, lag:] * dropped[:, :-lag]).mean().item()
+        assert both == pytest.approx(p * p, abs=0.002)
+    for i in range(4):
+        assert dropped[0, i::4].mean().item() == pytest.approx(p, abs=0.004)
+    assert not torch.equal(dropout(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
