@@ -19,9 +19,12 @@ test: install  ## everything, the slow parts too; a file of tests a core
 quick: install  ## the fast tests alone
 	$(BIN)/python -m pytest
 
+bench: install  ## PMNet beside the bare backbone and a plain implementation; some minutes
+	$(BIN)/python -m experiments.bench
+
 check: install  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: install run test quick check
+.PHONY: install run test quick bench check

@@ -1,6 +1,6 @@
 """Hysteretic spatial filtering module, HSFM (paper 3.3). Axis letters: see `affinity.py`."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pmnet.affinity import HEADS
 from pmnet.errors import SettingError
+from pmnet.lean import ConvolvedTwice, Filtered, filtered, statistics
 
 Norm = Literal["batch", "group"]
 ENHANCED = 16  # channels of the enhanced affinity and so of a coarse mask
@@ -34,18 +35,28 @@ class B3DConv(nn.Module):
 
     def forward(self, S: Tensor) -> Tensor:
         """(N, C, hq, wq, hs, ws) -> (N, C', hq, wq, hs, ws), channels last in memory."""
-        query, support = self.query_conv, self.support_conv
-        over_query, over_support = query.weight, support.weight
-        bias: Tensor = query.bias + support.bias  # type: ignore[operator]
+        over_query, over_support, bias = self.weights
         known = isinstance(self.norm, nn.BatchNorm3d) and not self.norm.training  # before the input is
         if known:
             over_query, over_support, bias = folded(self.norm, over_query, over_support, bias)
-        hq, wq, hs, ws = S.shape[2:]
-        enhanced = F.conv3d(S.flatten(4), over_query, bias, padding=query.padding)
-        enhanced += F.conv3d(S.flatten(2, 3), over_support, padding=support.padding).unflatten(2, (hq, wq)).flatten(4)
+        enhanced = convolved(S, over_query, over_support, bias)
         if not known:
             enhanced = self.norm(enhanced)
-        return F.relu(enhanced, inplace=True).unflatten(4, (hs, ws))
+        return F.relu(enhanced, inplace=True).unflatten(4, S.shape[4:])
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of both convolutions, and their common bias."""
+        query, support = self.query_conv, self.support_conv
+        return query.weight, support.weight, query.bias + support.bias  # type: ignore[operator]
+
+
+def convolved(S: Tensor, over_query: Tensor, over_support: Tensor, bias: Tensor) -> Tensor:
+    """(N, C, hq, wq, hs, ws) -> (N, C', hq, wq, hs*ws), channels last in memory."""
+    k = over_query.shape[2] // 2
+    total = F.conv3d(S.flatten(4), over_query, bias, padding=(k, k, 0))
+    total += F.conv3d(S.flatten(2, 3), over_support, padding=(0, k, k)).unflatten(2, S.shape[2:4]).flatten(4)
+    return total
 
 
 def folded(norm: nn.Module, over_query: Tensor, over_support: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,13 +109,24 @@ class HSFM(nn.Module):
             support_size: hs, ws.
         """
         S = S.unflatten(2, support_size).unflatten(1, query_size).movedim(-1, 1)
-        enhanced = self.b3dconvs(S).movedim(1, -1).flatten(3, 4).flatten(1, 2)
-        E_NAQSC = enhanced.unflatten(0, (-1, HEADS))
-        softmax = E_NAQSC.softmax(dim=3)
-        share = (softmax * mask_NS[:, None, None, :, None]).sum(dim=3)
-        peak = softmax.max(dim=3, keepdim=True)  # exp(its value - logsum); torch.logsumexp takes twice as long
-        logsum = E_NAQSC.gather(3, peak.indices) - peak.values.log()
-        return Evidence(share, logsum.squeeze(3))
+        mask_NS = mask_NS.repeat_interleave(HEADS, dim=0)
+        if self.training and isinstance(self.b3dconvs, nn.Sequential):
+            evidence = self.in_training(S, mask_NS)
+        else:
+            enhanced = self.b3dconvs(S).movedim(1, -1)
+            evidence = filtered(enhanced.flatten(3, 4).flatten(1, 2), mask_NS)
+        return Evidence(*(x.unflatten(0, (-1, HEADS)) for x in evidence))
+
+    def in_training(self, S: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of a batch, by its own statistics."""
+        first, second = cast("list[B3DConv]", self.b3dconvs)
+        sizes = (S.shape[2], S.shape[3], S.shape[4], S.shape[5])
+        z_NPC = convolved(S, *first.weights).movedim(1, -1).flatten(1, 3)
+        mean, rstd, groups = statistics(first.norm, z_NPC)
+        weights = (weight.to(z_NPC.dtype) for weight in second.weights)
+        z_NPC = ConvolvedTwice.apply(z_NPC, mean, rstd, first.norm.weight, first.norm.bias, *weights, groups, sizes)
+        mean, rstd, groups = statistics(second.norm, z_NPC)
+        return Filtered.apply(z_NPC, mean, rstd, second.norm.weight, second.norm.bias, mask_NS, groups, sizes)
 
 
 def coarse_mask(evidence: Evidence, shots: int) -> Tensor:

@@ -9,10 +9,10 @@ from pmnet.affinity import HEADS, Affinity
 from pmnet.backbone import Backbone, Features
 from pmnet.decoder import Decoder
 from pmnet.hsfm import HSFM, Evidence, Norm, coarse_mask, resize
+from pmnet.lean import pairs_at_a_time
 from pmnet.memory import keep_freed_memory
 
 MATCHED = ("layer3", "layer4")  # the stages whose every block gives an affinity
-LARGEST = 2**21  # entries of the affinities that are enhanced at a time, where shots need not be normalised together
 
 
 class PMNetHead(nn.Module):
@@ -78,7 +78,7 @@ class PMNetHead(nn.Module):
             S = affinity([q[episodes] for q in query_tokens], [s[pairs] for s in support_tokens])
             return hsfm(S, mask_N1HW[pairs].flatten(1), (hq, wq), (hs, ws))
 
-        at_once = B * K if self.training else max(1, LARGEST // (HEADS * hq * wq * hs * ws))
+        at_once = B * K if self.training else pairs_at_a_time(hq * wq * hs * ws)
         parts = [evidence(slice(i, i + at_once)) for i in range(0, B * K, at_once)]
         together = Evidence(*(torch.cat(part) for part in zip(*parts, strict=True)))
         return coarse_mask(together, K).unflatten(2, (hq, wq))

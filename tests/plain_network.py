@@ -4,16 +4,19 @@ Takes no care of memory layout, keeps every intermediate result, and convolves a
 axis is the other image's pixels. Unlike `plain.py` it is no loop over pixels, so that it runs at 384x384.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pmnet.affinity import position_code
+from pmnet.backbone import Features
 
 HEADS = 4
 
 
-def plain_network_head(head, query_feats, support_feats, support_masks) -> Tensor:
+def plain_network_head(head: Any, query_feats: Features, support_feats: Features, support_masks: Tensor) -> Tensor:
     """Logits (B, 2, H, W) of a `PMNetHead` (default variant) in its own mode; arguments as those of its `forward`."""
     masks = support_masks.to(query_feats["layer1"][0].dtype)
     coarse = {}
@@ -42,7 +45,7 @@ def plain_network_head(head, query_feats, support_feats, support_masks) -> Tenso
     return decode(head.decoder, coarse["layer3"], coarse["layer4"], *low)
 
 
-def affinity(query: Tensor, support: Tensor, dropout) -> Tensor:
+def affinity(query: Tensor, support: Tensor, dropout: nn.Module) -> Tensor:
     """(B, C, hq, wq) and (B, C, hs, ws) -> (B, A, hq, wq, hs, ws)."""
     tokens = []
     for feature in (query, support):
@@ -53,7 +56,7 @@ def affinity(query: Tensor, support: Tensor, dropout) -> Tensor:
     return S.unflatten(3, support.shape[-2:]).unflatten(2, query.shape[-2:])
 
 
-def enhance(b3dconv, S: Tensor) -> Tensor:
+def enhance(b3dconv: Any, S: Tensor) -> Tensor:
     """(N, C, hq, wq, hs, ws) -> (N, C', hq, wq, hs, ws): eq. 2, each convolution over 3 axes of an own layout."""
     N, _, hq, wq, hs, ws = S.shape
     query, support = b3dconv.query_conv, b3dconv.support_conv
@@ -72,7 +75,7 @@ def enhance(b3dconv, S: Tensor) -> Tensor:
     return F.relu(b3dconv.norm(enhanced.flatten(2, 3).contiguous())).unflatten(2, (hq, wq))
 
 
-def decode(decoder, coarse3: Tensor, coarse4: Tensor, layer1: Tensor, layer2: Tensor) -> Tensor:
+def decode(decoder: Any, coarse3: Tensor, coarse4: Tensor, layer1: Tensor, layer2: Tensor) -> Tensor:
     m = decoder.conv2_a(up2(decoder.conv1_4(coarse4)) + decoder.conv1_3(coarse3))
     m = decoder.conv2_b(up2(m))
     m = torch.cat([up2(torch.cat([m, layer2], dim=1)), layer1], dim=1)

@@ -27,4 +27,4 @@ def test_freed_memory_is_used_again_without_asking_the_system():
             pytest.skip("another C library than glibc")
         return int(done.stdout)
 
-    assert faults("keep") < faults("not") / 5
+    assert faults("keep") < faults("not") / 2

@@ -1,0 +1,341 @@
+"""Times PMNet beside the bare backbone and a plain implementation of the same formulas, in turn, in one run.
+
+python -m experiments.bench
+
+Writes `benchmarks/<machine>.json`, `.md` and `.png`. Each program has a process of its own, so that none lives in the
+memory of another; they take turns. Times are medians; "x floor" is the time over that of the backbone's bare passes,
+"x plain" over that of the plain implementation. Memory is the peak of a step above that of the backbone's passes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tabulate import tabulate
+
+from experiments.files import write_json
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ("backbone", "pmnet", "plain")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call: a test of a batch, or a training step on it."""
+
+    name: str
+    shots: int = 1
+    batch: int = 1
+    size: int = 384
+    train: bool = False
+    precision: str = "float32"  # or bfloat16, by autocast
+
+
+TABLE = [
+    Work("1 shot"),
+    Work("5 shots", shots=5),
+    Work("1 shot, bfloat16", precision="bfloat16"),
+    Work("training step, 4 episodes", batch=4, train=True),
+]
+CURVES = {
+    "shots": [Work(str(k), shots=k) for k in range(1, 11)],
+    "size": [Work(str(size), size=size) for size in (256, 320, 384, 448, 512, 576, 640)],
+    "batch": [Work(str(b), batch=b) for b in (1, 2, 4, 8)],
+}
+
+
+# A program, in its own process
+
+
+def serve(program: str, device: str) -> None:
+    """Does each work that comes as a line of JSON, and answers with seconds and bytes."""
+    run = PROGRAM[program](device)
+    for line in sys.stdin:
+        work = Work(**json.loads(line))
+        print(json.dumps(run(work)), flush=True)
+
+
+def measured(device: str, passes: Callable[[], Any], rest: Callable[[Any], Any]) -> dict[str, float]:
+    """Seconds of both, and the bytes by which the peak of both is above the peak of the passes alone."""
+    reset_peak(device)
+    start = clock(device)
+    features = passes()
+    middle, of_passes = clock(device), peak(device)
+    rest(features)
+    return {"seconds": clock(device) - start, "backbone": middle - start, "bytes": max(0, peak(device) - of_passes)}
+
+
+def clock(device: str) -> float:
+    import torch
+
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def reset_peak(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    """Bytes; 0 where the system does not say."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
+
+
+def images(work: Work, device: str) -> tuple[Any, Any, Any]:
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    B, K, side = work.batch, work.shots, work.size
+    query, support = torch.randn(B, 3, side, side, generator=random), torch.randn(B, K, 3, side, side, generator=random)
+    masks = (torch.rand(B, K, side, side, generator=random) < 0.3).float()
+    return query.to(device), support.to(device), masks.to(device)
+
+
+def bare_backbone(device: str) -> Callable[[Work], dict[str, float]]:
+    """torchvision's ResNet-50, once for the queries and once for the supports."""
+    import torch
+    import torchvision
+
+    network = torchvision.models.resnet50(weights=None).eval().to(device)
+
+    @torch.inference_mode()
+    def run(work: Work) -> dict[str, float]:
+        query, support, _ = images(work, device)
+        return measured(device, lambda: (network(query), network(support.flatten(0, 1))), lambda features: None)
+
+    return run  # always float32: the floor of every row
+
+
+def pmnet(device: str) -> Callable[[Work], dict[str, float]]:
+    from pmnet import PMNet, ResNetBackbone
+
+    network = PMNet(ResNetBackbone("resnet50", weights="none")).to(device)
+    return whole(network, network.features, network.head, device)
+
+
+def plain(device: str) -> Callable[[Work], dict[str, float]]:
+    """`tests/plain_network.py`, on features of the same backbone, whose memory is laid out as PyTorch does it."""
+    import torch
+
+    import pmnet.network
+
+    sys.path.insert(0, str(ROOT))
+    from tests.plain_network import plain_network_head
+
+    pmnet.network.keep_freed_memory = lambda: False  # type: ignore[assignment]
+    network = pmnet.network.PMNet(pmnet.ResNetBackbone("resnet50", weights="none")).to(device)
+    network.backbone.to(memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def features(query: Any, support: Any) -> Any:
+        return network.backbone(query), network.backbone(support)
+
+    def head(*arguments: Any) -> Any:
+        return plain_network_head(network.head, *arguments)
+
+    return whole(network, features, head, device)
+
+
+def whole(network: Any, features: Any, head: Any, device: str) -> Callable[[Work], dict[str, float]]:
+    """Both passes and the head, and for training the gradients of the head's parameters."""
+    import torch
+
+    def run(work: Work) -> dict[str, float]:
+        query, support, masks = images(work, device)
+        network.train(work.train)
+
+        def passes() -> Any:
+            query_feats, support_feats = features(query, support.flatten(0, 1))
+            by_shot = {m: [f.unflatten(0, support.shape[:2]) for f in support_feats[m]] for m in ("layer3", "layer4")}
+            return query_feats, by_shot
+
+        def rest(found: Any) -> None:
+            logits = head(*found, masks)
+            if work.train:
+                torch.nn.functional.cross_entropy(logits.float(), masks[:, 0].long()).backward()
+                network.zero_grad()
+
+        low = torch.autocast(device, torch.bfloat16, enabled=work.precision == "bfloat16")
+        with low, torch.inference_mode(not work.train):
+            return measured(device, passes, rest)
+
+    return run
+
+
+PROGRAM = {"backbone": bare_backbone, "pmnet": pmnet, "plain": plain}
+
+
+# The programs in turn
+
+
+class Served:
+    """A program that waits for work."""
+
+    def __init__(self, program: str, device: str) -> None:
+        command = [sys.executable, "-m", "experiments.bench", "--serve", program, "--device", device]
+        quiet: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.process = subprocess.Popen(command, cwd=ROOT, **quiet)
+
+    def __call__(self, work: Work) -> dict[str, float]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(asdict(work)) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{shlex.join(self.process.args)} ended: run it by hand to see why.")  # type: ignore[arg-type]
+        return json.loads(line)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def in_turn(work: Work, programs: list[str], device: str, rounds: int, console: Console) -> dict[str, dict[str, float]]:
+    """Median seconds of each program; the first round warms up, and tells the memory of a fresh process."""
+    served = {name: Served(name, device) for name in programs}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
+    with console.status(work.name):
+        for _ in range(rounds + 1):
+            for name, run in served.items():
+                found[name].append(run(work))
+    for run in served.values():
+        run.end()
+    return {
+        name: {"seconds": statistics.median(f["seconds"] for f in all_[1:]), "bytes": all_[0]["bytes"]}
+        for name, all_ in found.items()
+    }
+
+
+def against(command: str, rounds: int, console: Console) -> float:
+    """Median seconds of another program: the last word that it prints if that is a number, else what it took."""
+    taken = []
+    with console.status(command):
+        for _ in range(rounds):
+            start = time.perf_counter()
+            done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True, check=False)
+            whole_run = time.perf_counter() - start
+            if done.returncode:
+                raise SystemExit(f"{command} failed with exit code {done.returncode}.")
+            word = done.stdout.split()[-1] if done.stdout.split() else ""
+            taken.append(float(word) if re.fullmatch(r"\d+(\.\d*)?(e-?\d+)?", word) else whole_run)
+    return statistics.median(taken)
+
+
+def rows_of(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
+    rows = []
+    for name, by in found.items():
+        floor, ours, theirs = (by[program]["seconds"] for program in PROGRAMS)
+        memory = [f"{by[p]['bytes'] / 1e9:.2f}" if by[p]["bytes"] else "" for p in ("pmnet", "plain")]
+        row = [f"{floor:.2f}", f"{ours:.2f}", f"{theirs:.2f}", f"{ours / floor:.2f}", f"{ours / theirs:.2f}", *memory]
+        rows.append([name, *row])
+    return rows
+
+
+HEADERS = ["", "floor, s", "PMNet, s", "plain, s", "x floor", "x plain", "PMNet, GB", "plain, GB"]
+
+
+def draw(curves: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(curves), 3.2), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for program in PROGRAMS:
+            x = [int(point) for point in points]
+            axes.plot(x, [by[program]["seconds"] for by in points.values()], marker="o", label=program)
+        axes.set(xlabel={"size": "image side, pixels", "batch": "episodes a batch"}.get(name, name), ylabel="seconds")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def machine(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m experiments.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default: 5)")
+    parser.add_argument("--curves", action="store_true", help="also over 1 to 10 shots, image sizes and batches")
+    parser.add_argument("--against", metavar="CMD", help="another program to time in the same run")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder (default: benchmarks)")
+    parser.add_argument("--serve", choices=PROGRAMS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve, arguments.device)
+        return
+    import torch
+    import torchvision
+
+    if arguments.device != "cpu" and not torch.accelerator.is_available():
+        parser.error(f"--device {arguments.device}: PyTorch finds no such device here.")
+    console, device, rounds = Console(), arguments.device, arguments.rounds
+    record: dict[str, Any] = {
+        "machine": machine(device),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
+        "rounds": rounds,
+        "table": {work.name: in_turn(work, list(PROGRAMS), device, rounds, console) for work in TABLE},
+    }
+    title = f"{record['machine']}, PyTorch {torch.__version__}, ResNet-50 at 384x384, medians of {rounds}"
+    rows = rows_of(record["table"])
+    table = Table(title=title)
+    for header in HEADERS:
+        table.add_column(header, justify="right" if header else "left", no_wrap=not header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if arguments.against:
+        record["against"] = {"command": arguments.against, "seconds": against(arguments.against, rounds, console)}
+        console.print(f"{arguments.against}: {record['against']['seconds']:.2f} s")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    base = arguments.out / re.sub(r"[^a-z0-9]+", "-", record["machine"].lower()).strip("-")
+    if arguments.curves:
+        record["curves"] = {
+            name: {work.name: in_turn(work, list(PROGRAMS), device, max(1, rounds // 2), console) for work in works}
+            for name, works in CURVES.items()
+        }
+        draw(record["curves"], base.with_suffix(".png"))
+    write_json(base.with_suffix(".json"), record)
+    base.with_suffix(".md").write_text(
+        f"{title}\n\n{tabulate(rows, HEADERS, tablefmt='github', disable_numparse=True)}\n"
+    )
+    console.print(f"Written to {base}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The benchmark, on one small work: a figure of it is a ratio, and no test here is about how fast this machine is."""
+
+import sys
+
+import pytest
+from rich.console import Console
+
+from experiments import bench
+
+
+@pytest.mark.slow
+def test_every_program_does_the_work_and_tells_its_time_and_memory() -> None:
+    work = bench.Work("tiny", batch=2, size=64, train=True)
+    found = bench.in_turn(work, list(bench.PROGRAMS), "cpu", 1, Console(quiet=True))
+    assert found.keys() == set(bench.PROGRAMS)
+    assert all(by["seconds"] > 0 for by in found.values())
+    (row,) = bench.rows_of({"tiny": found})
+    assert row[0] == "tiny"
+    assert len(row) == len(bench.HEADERS)
+
+
+@pytest.mark.parametrize("says", ["print('loaded'); print(0.25)", "print('done')"])
+def test_another_program_says_its_seconds_or_is_timed(says: str, tmp_path) -> None:
+    (tmp_path / "other.py").write_text(says)
+    taken = bench.against(f"{sys.executable} {tmp_path}/other.py", 1, Console(quiet=True))
+    assert (taken == 0.25) == ("0.25" in says)
+    assert taken > 0
+
+
+def test_another_program_that_fails_is_named() -> None:
+    with pytest.raises(SystemExit, match="exit code 3"):
+        bench.against(f"{sys.executable} -c 'raise SystemExit(3)'", 1, Console(quiet=True))
