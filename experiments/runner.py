@@ -143,6 +143,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     data.setup("test" if cfg.mode == "test" else "fit")
     network: PMNet = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
     record = data.training_record if cfg.mode == "train" else {}
+    network.backbone.cache = instantiate(cfg.trainer.cache)
     module = FewShotModule(
         network,
         data.test_class_ids,
@@ -241,7 +242,7 @@ def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks
         check_tasks(cfg)
         callbacks.append(Requeue(folder))
     trainer: L.Trainer = instantiate(
-        cfg.trainer,
+        {name: value for name, value in cfg.trainer.items() if name != "cache"},
         default_root_dir=str(folder),
         logger=loggers,
         callbacks=[RichProgressBar(leave=False), *callbacks],

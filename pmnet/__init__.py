@@ -4,8 +4,9 @@ Importable and usable without Hydra, W&B or a dataset; see `PMNet` for a six-lin
 """
 
 from pmnet.backbone import Backbone, ResNetBackbone
-from pmnet.network import PMNet, PMNetHead
+from pmnet.cache import FeatureCache
+from pmnet.network import PMNet, PMNetHead, Support
 from pmnet.version import VERSION
 
-__all__ = ["Backbone", "PMNet", "PMNetHead", "ResNetBackbone"]
+__all__ = ["Backbone", "FeatureCache", "PMNet", "PMNetHead", "ResNetBackbone", "Support"]
 __version__ = VERSION

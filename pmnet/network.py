@@ -1,6 +1,6 @@
 """PMNet (paper 3.2): frozen backbone, affinity, HSFM, decoder in a row."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,18 @@ class PMNetHead(nn.Module):
         return coarse_mask(together, K).unflatten(2, (hq, wq))
 
 
+class Support(NamedTuple):
+    """What the backbone has seen of B episodes' supports.
+
+    Attributes:
+        features: "layer3", "layer4" -> lists of (B, K, C, h, w).
+        masks: (B, K, H, W).
+    """
+
+    features: Features
+    masks: Tensor
+
+
 class PMNet(nn.Module):
     """The whole network. Works on any image size whose sides are multiples of 32, any batch, any shots.
 
@@ -97,6 +109,9 @@ class PMNet(nn.Module):
         >>> query, support = torch.rand(1, 3, 64, 64), torch.rand(1, 5, 3, 64, 64)
         >>> network(query, support, torch.ones(1, 5, 64, 64)).shape
         torch.Size([1, 2, 64, 64])
+        >>> seen = network.see(support, torch.ones(1, 5, 64, 64))  # once, for many queries
+        >>> network.segment(torch.rand(8, 3, 64, 64), seen).shape
+        torch.Size([8, 2, 64, 64])
     """
 
     def __init__(self, backbone: Backbone, **head: Any) -> None:
@@ -119,17 +134,45 @@ class PMNet(nn.Module):
             ValueError: a side is no multiple of 32, or the shapes do not belong together.
         """
         B, K = support.shape[:2]
-        sides = (*query.shape[-2:], *support.shape[-2:])
-        if any(side % 32 for side in sides):
-            raise ValueError(f"image sides must be multiples of 32, not {sides}")
+        check_sides(query, support)
         if query.shape[0] != B or support_masks.shape[:2] != (B, K):
             raise ValueError(
                 "want query (B,3,H,W), support (B,K,3,H,W), masks (B,K,H,W), got "
                 f"{tuple(query.shape)}, {tuple(support.shape)}, {tuple(support_masks.shape)}"
             )
         query_feats, support_feats = self.features(query, support.flatten(0, 1))
-        support_feats = {layer: [feature.unflatten(0, (B, K)) for feature in support_feats[layer]] for layer in MATCHED}
-        return self.head(query_feats, support_feats, support_masks)
+        return self.head(query_feats, by_shot(support_feats, B, K), support_masks)
+
+    @torch.no_grad()
+    def see(self, support: Tensor, support_masks: Tensor) -> Support:
+        """Passes supports through the backbone, for `segment`.
+
+        Args:
+            support, support_masks: as those of `forward`.
+        """
+        B, K = support.shape[:2]
+        check_sides(support)
+        if support_masks.shape[:2] != (B, K):
+            raise ValueError(f"want masks ({B},{K},H,W), got {tuple(support_masks.shape)}")
+        return Support(by_shot(self.backbone(support.flatten(0, 1)), B, K), support_masks)
+
+    def segment(self, query: Tensor, support: Support) -> Tensor:
+        """As `forward`, with supports that were seen before: those of one episode go with any number of queries.
+
+        Args:
+            query: (B, 3, H, W); as many as the supports' episodes, unless that is one.
+
+        Returns:
+            Logits (B, 2, H, W): background, foreground.
+        """
+        check_sides(query)
+        B, (episodes, K) = len(query), support.masks.shape[:2]
+        if episodes not in (1, B):
+            raise ValueError(f"{B} queries do not go with the supports of {episodes} episodes")
+        with torch.no_grad():
+            query_feats = self.backbone(query)
+        seen = {m: [f.expand(B, *f.shape[1:]) for f in blocks] for m, blocks in support.features.items()}
+        return self.head(query_feats, seen, support.masks.expand(B, K, -1, -1))
 
     @torch.no_grad()
     def features(self, query: Tensor, support: Tensor) -> tuple[Features, Features]:
@@ -140,3 +183,14 @@ class PMNet(nn.Module):
         split = {layer: [f.split([len(query), len(support)]) for f in blocks] for layer, blocks in both.items()}
         query_feats, support_feats = ({m: [f[i] for f in blocks] for m, blocks in split.items()} for i in (0, 1))
         return query_feats, support_feats
+
+
+def check_sides(*images: Tensor) -> None:
+    sides = tuple(side for image in images for side in image.shape[-2:])
+    if any(side % 32 for side in sides):
+        raise ValueError(f"image sides must be multiples of 32, not {sides}")
+
+
+def by_shot(features: Features, B: int, K: int) -> Features:
+    """Of B*K supports, what is matched: (B, K, C, h, w)."""
+    return {layer: [feature.unflatten(0, (B, K)) for feature in features[layer]] for layer in MATCHED}

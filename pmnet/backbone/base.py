@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pmnet.backbone.weights import Provenance
+from pmnet.cache import FeatureCache, Features
 
-Features = dict[str, list[Tensor]]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -22,12 +22,14 @@ class Backbone(nn.Module, ABC):
         blocks: number of blocks of each layer.
         provenance: which weights these are; part of every result and checkpoint.
         trunk: the network itself, whose `state_dict` the weights are.
+        cache: of features, used while the backbone is frozen.
     """
 
     channels: dict[str, int]
     blocks: dict[str, int]
     provenance: Provenance
     trunk: Any  # torchvision, timm and our own networks share no type
+    cache: FeatureCache | None = None
     mean: Tensor
     std: Tensor
 
@@ -47,6 +49,11 @@ class Backbone(nn.Module, ABC):
         Args:
             images: (B, 3, H, W); uint8 is normalised here, on its device; float is taken as normalised.
         """
+        if self.cache is None or not self.frozen:
+            return self.computed(images)
+        return self.cache(images, self.provenance.sha256, self.computed)
+
+    def computed(self, images: Tensor) -> Features:
         images = images.contiguous(memory_format=torch.channels_last)
         if images.dtype == torch.uint8:
             images = (images / 255 - self.mean) / self.std

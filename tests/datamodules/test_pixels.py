@@ -151,7 +151,7 @@ def test_image_and_mask_are_cut_alike(tmp_path):
 def test_batches_of_two_processes_together_are_those_of_one(folder, workers):
     def batches(process, processes, workers):
         data = PixelDataModule(pixels_of(folder), batch_size=4, images_per_epoch=9, workers=workers)
-        data.trainer = SimpleNamespace(global_rank=process, world_size=processes)
+        data.trainer = SimpleNamespace(global_rank=process, world_size=processes, current_epoch=0)
         return list(data.train_dataloader())
 
     alone, shares = batches(0, 1, 0), [batches(p, 2, workers) for p in range(2)]

@@ -97,16 +97,17 @@ def test_preempted_job_ends_as_one_left_alone(tmp_path: Path, left_alone: Path, 
     process = subprocess.Popen(
         command("-m", *LONG, f"hydra.sweep.dir={tmp_path}"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    first_epoch = tmp_path / "0-synthetic-small-fold0-shot1" / "checkpoints" / "last.ckpt"
-    wait_for(first_epoch.exists, "a first epoch")
+    folder = tmp_path / "0-synthetic-small-fold0-shot1"
+    log, last = folder / "run.log", folder / "checkpoints" / "last.ckpt"
+    wait_for(lambda: log.exists() and "Epoch 1/3" in log.read_text(), "a first epoch")
     time.sleep(1)  # into the second
     job = slurm.output("squeue", "-h", "-o", "%i").split()[0]
     subprocess.run([*ask, job], check=True)
     output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, output
-    log = (first_epoch.parents[1] / "run.log").read_text()
-    assert re.search(r"Slurm wants this job's place: saved after batch \d+ of epoch [23]", log), log
-    assert f"Going on from {first_epoch}" in log
+    said = log.read_text()
+    assert re.search(r"Slurm wants this job's place: saved after batch \d+ of epoch [23]", said), said
+    assert f"Going on from {last}" in said
     (folder,), (other,) = jobs_of(tmp_path), jobs_of(left_alone)
     assert results(folder)["test"] == results(other)["test"]
     ours, theirs = (torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for f in (folder, other))

@@ -38,8 +38,8 @@ def plain() -> str:
 @pytest.mark.parametrize(
     "override",
     "shot=5 shot.k=3 episodes.test=7 episodes.workers=3 episodes.test_batch_size=2 panels=2 untrained=true "
-    "trainer.accelerator=auto trainer.log_every_n_steps=3 logger=wandb launcher=slurm_cpu reuse=false data=/elsewhere "
-    "episodes.repeats=true".split(),
+    "trainer.accelerator=auto trainer.cache=null trainer.log_every_n_steps=3 logger=wandb launcher=slurm_cpu "
+    "reuse=false episodes.repeats=true data=/elsewhere".split(),
 )
 def test_what_is_only_tested_and_where_shares_a_training(plain: str, override: str) -> None:
     assert fingerprint(override) == plain

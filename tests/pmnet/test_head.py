@@ -427,12 +427,42 @@ def test_masks_may_have_any_dtype(dtype):
         assert torch.equal(head(query, support, masks.to(dtype)), head(query, support, masks))
 
 
-# Wrong input
+# Supports that were seen before
 
 
 @pytest.fixture(scope="module")
 def network():
     return PMNet(SmallBackbone("none")).eval()
+
+
+@pytest.mark.parametrize("episodes, queries", [(1, 1), (1, 3), (2, 2)])
+def test_supports_seen_before_give_the_same(network, episodes, queries):
+    torch.manual_seed(0)
+    query, support = torch.randn(queries, 3, 64, 96), torch.randn(episodes, 2, 3, 96, 64)
+    masks = torch.rand(episodes, 2, 96, 64) < 0.4
+    passes = []
+    hook = network.backbone.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    with torch.no_grad():
+        seen = network.see(support, masks)
+        logits = [network.segment(query, seen) for _ in range(2)]
+        assert passes == [2 * episodes, queries, queries]
+        hook.remove()
+        expected = network(query, support.expand(queries, -1, -1, -1, -1), masks.expand(queries, -1, -1, -1))
+    for again in logits:
+        torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
+
+
+def test_supports_of_other_episodes_are_refused(network):
+    seen = network.see(torch.rand(2, 1, 3, 32, 32), torch.ones(2, 1, 32, 32))
+    with pytest.raises(ValueError, match="3 queries do not go with the supports of 2 episodes"):
+        network.segment(torch.rand(3, 3, 32, 32), seen)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        network.segment(torch.rand(2, 3, 33, 32), seen)
+    with pytest.raises(ValueError, match=r"want masks \(2,1,H,W\)"):
+        network.see(torch.rand(2, 1, 3, 32, 32), torch.ones(2, 2, 32, 32))
+
+
+# Wrong input
 
 
 @pytest.mark.parametrize(
