@@ -120,7 +120,7 @@ class ConvolvedTwice(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, mean, rstd, weight, bias, *kernels = ctx.saved_tensors
         k = kernels[0].shape[2] // 2
-        pads, of_kernels = ((k, k, 0), (0, k, k)), [torch.zeros_like(kernel) for kernel in kernels]
+        pads, of_kernels = ((k, k, 0), (0, k, k)), [torch.zeros_like(kernel, dtype=mean.dtype) for kernel in kernels]
 
         def gradient(i: slice, y: Tensor) -> Tensor:
             sides = zip(planes(grad[i], ctx.sizes), planes(y, ctx.sizes), strict=True)
@@ -134,7 +134,8 @@ class ConvolvedTwice(Function):
             return of_y[0].add_(of_y[1])
 
         of_z, of_weight, of_bias = Rectified(z, mean, rstd, weight, bias, ctx.groups).backward(gradient)
-        return of_z, None, None, of_weight, of_bias, *of_kernels, grad.sum((0, 1)), None, None
+        to_kernels = (of_kernel.to(kernel.dtype) for of_kernel, kernel in zip(of_kernels, kernels, strict=True))
+        return of_z, None, None, of_weight, of_bias, *to_kernels, grad.sum((0, 1)), None, None
 
 
 class Filtered(Function):

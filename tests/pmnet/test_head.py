@@ -318,6 +318,22 @@ def test_training_agrees_with_ready_operations(norm, largest, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_training_in_half_precision_is_near_that_in_full(norm):
+    """On maps of some size: below 8x8 PyTorch sums its bfloat16 gradients of convolutions up badly."""
+    head = random_head(norm=norm, dropout=0.0).train()
+    inputs = random_inputs(query_size=(256, 256), support_size=(256, 256), dtype=torch.float32)
+    found = []
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            logits = head(*inputs)
+        found.append(torch.autograd.grad(logits.float().square().mean(), list(head.parameters())))
+    for (name, parameter), full, half in zip(head.named_parameters(), *found, strict=True):
+        assert half.dtype == parameter.dtype
+        alike = torch.cosine_similarity(full.flatten(), half.flatten(), dim=0)
+        assert alike > 0.95 or full.norm() < 1e-5, f"{name}: {alike}"
+
+
 @pytest.mark.parametrize("shots", [1, 3])
 def test_ready_operations_agree_with_the_plain_implementation(shots):
     head, inputs = random_head().double(), random_inputs(shots=shots, batch=2)
