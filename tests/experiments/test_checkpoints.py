@@ -39,6 +39,7 @@ def fit(folder: Path, *callbacks: L.Callback, ckpt: Path | None = None) -> dict[
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", [*TINY, "trainer.max_epochs=3"])
     cfg.task.pair = "synthetic"
+    del cfg.trainer.cache
     L.seed_everything(0, verbose=False)
     data = instantiate(cfg.episodes)
     network = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
