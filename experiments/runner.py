@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -45,12 +46,14 @@ from experiments.files import write_json
 from experiments.loggers import WandbLogger, make_loggers
 from experiments.preemption import Requeue, leave_after_error, leave_if_asked, was_requeued
 from experiments.processes import is_first, processes_of_slurm
+from pmnet.backbone import Backbone
 from pmnet.errors import PMNetError
 from pmnet.module import FewShotModule, TestResult
 from pmnet.network import PMNet
 from pmnet.pretrain import BackbonePretraining
 
 log = logging.getLogger(__name__)
+OURS = {"cache", "channels_last", "compile"}  # of conf/trainer; the rest is Lightning's
 EXPECTED = (PMNetError, DatasetError, UserError, MisconfigurationException)
 
 
@@ -143,7 +146,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     data.setup("test" if cfg.mode == "test" else "fit")
     network: PMNet = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
     record = data.training_record if cfg.mode == "train" else {}
-    network.backbone.cache = instantiate(cfg.trainer.cache)
+    equip(network.backbone, cfg.trainer)
     module = FewShotModule(
         network,
         data.test_class_ids,
@@ -189,6 +192,15 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
                 logger.log_results(summary, folder)
         results.print_scores(summary, folder)
     return results.val_miou(checkpoint)
+
+
+def equip(backbone: Backbone, options: DictConfig) -> None:
+    """What changes how long a frozen backbone takes, and nothing that it gives."""
+    backbone.cache = instantiate(options.cache)
+    if not options.channels_last:
+        backbone.to(memory_format=torch.contiguous_format)
+    if options.compile:
+        backbone.blocks_of = torch.compile(backbone.blocks_of)  # type: ignore[method-assign]
 
 
 def train(cfg: DictConfig, folder: Path, trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule) -> Path:
@@ -242,7 +254,7 @@ def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks
         check_tasks(cfg)
         callbacks.append(Requeue(folder))
     trainer: L.Trainer = instantiate(
-        {name: value for name, value in cfg.trainer.items() if name != "cache"},
+        {name: value for name, value in cfg.trainer.items() if name not in OURS},
         default_root_dir=str(folder),
         logger=loggers,
         callbacks=[RichProgressBar(leave=False), *callbacks],

@@ -30,7 +30,10 @@ from pmnet.network import PMNet
 
 log = logging.getLogger(__name__)
 ABSENCE = 600  # seconds for which a training is kept for the job that Slurm is about to start again
-MACHINE = {"_target_", "accelerator", "devices", "num_nodes", "strategy", "cache", "log_every_n_steps"}  # of trainer
+MACHINE = {  # of trainer
+    *("_target_", "accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
+    *("cache", "channels_last", "compile"),
+}
 PLACES = {"root", "splits"}  # of a dataset: its files' content counts, not where they lie
 
 

@@ -13,6 +13,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pmnet.memory import free_memory
+
+SPARE = 4e9  # bytes of memory that are left to everything else
+
 Features = dict[str, list[Tensor]]
 
 log = logging.getLogger(__name__)
@@ -22,19 +26,19 @@ class FeatureCache:
     """Finds an image's features by what shapes them: its pixels, the weights, the precision and the kind of device.
 
     They stay on the network's device while `device_gb` lasts, then in the host's memory (pinned, where there is a GPU)
-    while `host_gb` lasts, then in `folder`: a file an image, read through a memory map, found by every process that
-    has the same folder, now or later. What has no room is computed each time. An image of 384x384 takes 32 MB of a
-    ResNet-50's features, half of that in bfloat16.
+    while `host_gb` and free memory last, then in `folder`: a file an image, read through a memory map, found by every
+    process that has the same folder, now or later. What has no room is computed each time. An image of 384x384 takes
+    32 MB of a ResNet-50's features, half of that in bfloat16.
 
     Args:
         device_gb: gigabytes on an accelerator; of no effect where there is none.
-        host_gb: gigabytes in the memory of this process.
+        host_gb: gigabytes in the memory of this process, as long as another 4 stay free.
         folder: on a fast local disk; may be deleted at any time between runs. None keeps nothing on disk.
         disk_gb: gigabytes that this process writes to `folder` at most.
     """
 
     def __init__(
-        self, device_gb: float = 8, host_gb: float = 4, folder: str | Path | None = None, disk_gb: float = 100
+        self, device_gb: float = 8, host_gb: float = 12, folder: str | Path | None = None, disk_gb: float = 100
     ) -> None:
         self.room = {"device": device_gb * 1e9, "host": host_gb * 1e9, "disk": disk_gb * 1e9 if folder else 0}
         self.folder = Path(folder).expanduser() if folder else None
@@ -84,7 +88,7 @@ class FeatureCache:
     def keep(self, key: str, entry: dict[str, Tensor]) -> None:
         size = sum(feature.nbytes for feature in entry.values())
         device = next(iter(entry.values())).device.type
-        place = next((p for p, room in self.room.items() if room >= size and (p, device) != ("device", "cpu")), None)
+        place = next((place for place in self.room if self.takes(place, size, device)), None)
         if place is None:
             return
         self.room[place] -= size
@@ -94,6 +98,11 @@ class FeatureCache:
             self.kept[key] = entry
         else:
             self.kept[key] = {name: feature.cpu().pin_memory() for name, feature in entry.items()}
+
+    def takes(self, place: str, size: int, device: str) -> bool:
+        if self.room[place] < size or (place == "device" and device == "cpu"):
+            return False
+        return place != "host" or free_memory() >= size + SPARE
 
     def write(self, key: str, entry: dict[str, Tensor]) -> None:
         """A whole file or none; a disk that is full is told of once."""

@@ -16,16 +16,22 @@ from torch.autograd.function import once_differentiable
 
 from pmnet.affinity import HEADS
 
-LARGEST = 2**21  # entries of the affinities that are worked on at a time
+ON_CPU, ELSEWHERE = 2**21, 2**25  # positions of the affinities that are worked on at a time
 Sizes = tuple[int, int, int, int]  # hq, wq, hs, ws
 
 
-def pairs_at_a_time(positions: int) -> int:
-    return max(1, LARGEST // (HEADS * positions))
+def at_a_time(device: torch.device) -> int:
+    """On a CPU as few as fill its cores; an accelerator has little to do with so few, and 64 bytes for each of many."""
+    return ON_CPU if device.type == "cpu" else ELSEWHERE
+
+
+def pairs_at_a_time(positions: int, device: torch.device) -> int:
+    return max(1, at_a_time(device) // (HEADS * positions))
 
 
 def portions(x_NPC: Tensor) -> Iterator[slice]:
-    step = max(2, LARGEST // x_NPC.shape[1] // 4 * 2)  # even: of a batch of one, PyTorch takes a slow convolution
+    half = at_a_time(x_NPC.device) // x_NPC.shape[1] // 4
+    step = max(2, 2 * half)  # even: of a batch of one, PyTorch takes a slow convolution
     return (slice(i, i + step) for i in range(0, len(x_NPC), step))
 
 

@@ -1,9 +1,12 @@
-"""Freed memory is kept for the next tensor instead of being given back to the system."""
+"""The memory of this process: what it has freed is kept for the next tensor, and how much more it may take."""
 
 import ctypes
 import functools
 import sys
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -25,3 +28,31 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process can still take: of the machine, and of the control groups it is in (Slurm, containers).
+
+    Args:
+        root: of the file system.
+    """
+    free = psutil.virtual_memory().available
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:  # not Linux
+        return free
+    for _, controllers, path in groups:
+        if controllers == "":
+            mount, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        group = root / mount / path.lstrip("/")
+        for folder in (group, *group.parents[: len(Path(path).parts) - 1]):  # each limits all that are below it
+            with suppress(OSError, ValueError, KeyError):  # "max", or a group that is not seen from in here
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(stat[cached])
+                free = min(free, int((folder / limit).read_text()) - used)
+    return free

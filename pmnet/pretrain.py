@@ -39,7 +39,7 @@ class BackbonePretraining(L.LightningModule):
         scheduler: Callable[..., Any],
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = backbone.to(memory_format=torch.channels_last)
         self.classifiers = nn.ModuleDict({m: nn.Conv2d(backbone.channels[m], classes, 1) for m in LAYERS})
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
 

@@ -18,6 +18,7 @@ UNSHAPING = {  # what a config may differ in and still be the same row of a tabl
     *("fold", "shot", "seed", "mode", "ckpt", "resume", "reuse", "trainings", "panels", "untrained", "data"),
     *("logger", "launcher", "hydra", "task", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.log_every_n_steps", "dataset.root", "target.root", "validation.root"),
+    *("trainer.cache", "trainer.channels_last", "trainer.compile"),
     *("backbone.weights", "backbone.download", "episodes._target_", "episodes.dataset", "episodes.target"),
     *("episodes.validation", "episodes.task", "episodes.fold", "episodes.shot", "episodes.train_shot"),
     *("episodes.seed", "episodes.cache", "episodes.workers", "episodes.test_batch_size"),

@@ -54,7 +54,6 @@ class Backbone(nn.Module, ABC):
         return self.cache(images, self.provenance.sha256, self.computed)
 
     def computed(self, images: Tensor) -> Features:
-        images = images.contiguous(memory_format=torch.channels_last)
         if images.dtype == torch.uint8:
             images = (images / 255 - self.mean) / self.std
         features = self.blocks_of(images)

@@ -16,6 +16,7 @@ from experiments.callbacks import StepSeed
 from experiments.checkpoints import checkpoint_callbacks
 from experiments.files import read_json
 from experiments.preemption import Requeue
+from experiments.runner import OURS
 from pmnet.module import FewShotModule
 from tests.conftest import ROOT, TINY, command, results, run
 
@@ -39,13 +40,12 @@ def fit(folder: Path, *callbacks: L.Callback, ckpt: Path | None = None) -> dict[
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", [*TINY, "trainer.max_epochs=3"])
     cfg.task.pair = "synthetic"
-    del cfg.trainer.cache
     L.seed_everything(0, verbose=False)
     data = instantiate(cfg.episodes)
     network = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
     module = FewShotModule(network, data.test_class_ids, instantiate(cfg.loss), instantiate(cfg.optimizer))
     trainer = instantiate(
-        cfg.trainer,
+        {name: value for name, value in cfg.trainer.items() if name not in OURS},
         logger=False,
         callbacks=[StepSeed(0), *callbacks, *checkpoint_callbacks(folder)],
         num_sanity_val_steps=0,

@@ -280,19 +280,21 @@ def test_devices_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kept_features_change_no_number(tmp_path: Path) -> None:
-    """In a training and in its test; a second run finds what the first has left on disk."""
+def test_options_of_speed_change_no_number(tmp_path: Path) -> None:
+    """In a training and in its test; a second run finds the features that the first has left on disk."""
     setting = [*TINY, "backbone.weights=quickstart", "trainer.max_epochs=2", "shot=5"]
     kept = [f"trainer.cache.folder={tmp_path}/features", "trainer.cache.host_gb=0"]
-    for name, cache in {"none": ["trainer.cache=null"], "memory": [], "disk": kept, "again": kept}.items():
-        done = run(*setting, *cache, f"hydra.run.dir={tmp_path}/{name}")
+    options = {"none": ["trainer.cache=null"], "memory": [], "disk": kept, "again": kept}
+    options |= {"compiled": ["trainer.compile=true"], "planes": ["trainer.channels_last=false"]}
+    for name, chosen in options.items():
+        done = run(*setting, *chosen, f"hydra.run.dir={tmp_path}/{name}")
         assert done.returncode == 0, done.stderr
         if name == "disk":
             files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*")}
     assert len(files) > 20
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*")}
     assert results(tmp_path / "disk")["test"] == results(tmp_path / "again")["test"]
-    for name in ("memory", "disk"):
+    for name in ("memory", "disk", "compiled", "planes"):
         assert results(tmp_path / name)["test"]["miou"] == pytest.approx(
             results(tmp_path / "none")["test"]["miou"], abs=0.05
         )

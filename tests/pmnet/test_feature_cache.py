@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import pmnet.cache
 from pmnet import FeatureCache, PMNet
 from pmnet.backbone import SmallBackbone
 
@@ -41,15 +42,18 @@ def expected(images):
         return make_backbone()[0](images)
 
 
-@pytest.mark.parametrize("where", ["host", "disk", "nowhere", "partly on disk"])
-def test_each_image_passes_once_and_its_features_are_the_same(images, expected, where, tmp_path):
+@pytest.mark.parametrize("where", ["host", "disk", "nowhere", "partly on disk", "little memory"])
+def test_each_image_passes_once_and_its_features_are_the_same(images, expected, where, tmp_path, monkeypatch):
     one = sum(f[0].nbytes for blocks in expected.values() for f in blocks) / 1e9
     options = {
         "host": {},
         "disk": {"host_gb": 0, "folder": tmp_path},
         "nowhere": {"host_gb": 0},
         "partly on disk": {"host_gb": 2.5 * one, "folder": tmp_path, "disk_gb": 2 * one},
+        "little memory": {"folder": tmp_path},
     }[where]
+    if where == "little memory":
+        monkeypatch.setattr(pmnet.cache, "free_memory", lambda: pmnet.cache.SPARE)
     backbone, passed = make_backbone(FeatureCache(**options))
     with torch.no_grad():
         for order in ([0, 1, 2], [2, 3, 0, 2], [4, 3, 1], [0, 1, 2, 3, 4]):
@@ -57,7 +61,7 @@ def test_each_image_passes_once_and_its_features_are_the_same(images, expected, 
             assert_same(backbone(images[order]), wanted)
     files = list(tmp_path.rglob("*.safetensors"))
     want = {"host": ([3, 1, 1], 0), "disk": ([3, 1, 1], 5), "nowhere": ([3, 3, 3, 5], 0)}
-    want |= {"partly on disk": ([3, 1, 1, 1], 2)}
+    want |= {"partly on disk": ([3, 1, 1, 1], 2), "little memory": ([3, 1, 1], 5)}
     assert (passed, len(files)) == want[where]
     assert not list(tmp_path.rglob("*.part"))
 

@@ -296,7 +296,7 @@ def test_pairs_enhanced_in_parts_or_at_once_are_the_same(monkeypatch):
     head, inputs = random_head().double(), random_inputs(shots=3, batch=2)
     with torch.no_grad():
         at_once = head(*inputs)
-        monkeypatch.setattr(pmnet.lean, "LARGEST", 1)
+        monkeypatch.setattr(pmnet.lean, "ON_CPU", 1)
         torch.testing.assert_close(head(*inputs), at_once, rtol=0, atol=1e-12)
 
 
@@ -304,7 +304,7 @@ def test_pairs_enhanced_in_parts_or_at_once_are_the_same(monkeypatch):
 @pytest.mark.parametrize("largest", [1, 2**21])
 def test_training_agrees_with_ready_operations(norm, largest, monkeypatch):
     """Statistics of the batch among them, which the slow formulas above do not have."""
-    monkeypatch.setattr(pmnet.lean, "LARGEST", largest)
+    monkeypatch.setattr(pmnet.lean, "ON_CPU", largest)
     head = random_head(norm=norm, dropout=0.0).double().train()
     inputs = random_inputs(batch=3)
     running = {name: t.clone() for name, t in head.named_buffers()}
