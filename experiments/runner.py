@@ -110,6 +110,8 @@ def run_job(cfg: DictConfig) -> float:
 def as_told(error: Exception) -> str | None:
     """The message of an error that the user can mend; None for any other."""
     cause = error.__cause__ if isinstance(error, InstantiationException) else error
+    if type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed: {str(cause).splitlines()[0]}. trainer.compile=false does without it."
     return explain(cause) if isinstance(cause, EXPECTED) else None
 
 

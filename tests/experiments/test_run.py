@@ -275,6 +275,15 @@ def test_full_disk_keeps_the_checkpoint_before(trained: Path, tmp_path: Path) ->
     assert not list(folder.glob("*.part"))
 
 
+def test_compiler_that_is_not_there(tmp_path: Path) -> None:
+    places = {"CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    done = subprocess.run(
+        command(*TINY, "trainer.compile=true", f"hydra.run.dir={tmp_path}"),
+        cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "300"} | places,
+    )  # fmt: skip
+    refused(done, "No working C++ compiler", "trainer.compile=false")
+
+
 def test_devices_that_are_not_there(tmp_path: Path) -> None:
     refused(run(*TINY, "trainer.accelerator=cuda", f"hydra.run.dir={tmp_path}"), "CUDA", "cpu")
 
