@@ -51,6 +51,15 @@ TABLE = [
     Work("1 shot, bfloat16", precision="bfloat16"),
     Work("training step, 4 episodes", batch=4, train=True),
 ]
+ON_GPU = [
+    Work(f"{shots} shot{'s' * (shots > 1)}, {precision}, batch {batch}", shots, batch, precision=precision)
+    for batch in (1, 16)
+    for shots in (1, 5)
+    for precision in ("float32", "bfloat16")
+] + [
+    Work(f"training step, {precision}, 36 episodes", 1, 36, train=True, precision=precision)
+    for precision in ("float32", "bfloat16")
+]
 CURVES = {
     "shots": [Work(str(k), shots=k) for k in range(1, 11)],
     "size": [Work(str(size), size=size) for size in (256, 320, 384, 448, 512, 576, 640)],
@@ -309,7 +318,10 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
         "rounds": rounds,
-        "table": {work.name: in_turn(work, list(PROGRAMS), device, rounds, console) for work in TABLE},
+        "table": {
+            work.name: in_turn(work, list(PROGRAMS), device, rounds, console)
+            for work in (TABLE if device == "cpu" else ON_GPU)
+        },
     }
     title = f"{record['machine']}, PyTorch {torch.__version__}, ResNet-50 at 384x384, medians of {rounds}"
     rows = rows_of(record["table"])
