@@ -1,6 +1,7 @@
 """The one batch type, and the one place where its fields, shapes and dtypes are written."""
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +9,7 @@ from torch import Tensor
 IGNORE = 255  # value of a mask's pixels that count neither as foreground nor as background
 
 
-@dataclass(frozen=True)
-class EpisodeSpec:
+class EpisodeSpec(NamedTuple):
     """Who meets whom: one row of an episode list, drawn before any image is touched."""
 
     query: str

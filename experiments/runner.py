@@ -201,8 +201,7 @@ def equip(backbone: Backbone, options: DictConfig) -> None:
     backbone.cache = instantiate(options.cache)
     if not options.channels_last:
         backbone.to(memory_format=torch.contiguous_format)
-    if options.compile:
-        backbone.blocks_of = torch.compile(backbone.blocks_of)  # type: ignore[method-assign]
+    backbone.compiled = options.compile
 
 
 def train(cfg: DictConfig, folder: Path, trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule) -> Path:
@@ -255,8 +254,9 @@ def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks
     if Requeue.wanted():
         check_tasks(cfg)
         callbacks.append(Requeue(folder))
-    trainer: L.Trainer = instantiate(
-        {name: value for name, value in cfg.trainer.items() if name not in OURS},
+    options = {name: value for name, value in cfg.trainer.items() if name not in OURS}
+    trainer: partial[L.Trainer] = instantiate(
+        options | {"_partial_": True},
         default_root_dir=str(folder),
         logger=loggers,
         callbacks=[RichProgressBar(leave=False), *callbacks],
@@ -265,7 +265,10 @@ def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
-    return trainer
+    try:
+        return trainer()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"trainer: {error}") from error
 
 
 def check_tasks(cfg: DictConfig) -> None:

@@ -51,6 +51,12 @@ class B3DConv(nn.Module):
         return query.weight, support.weight, query.bias + support.bias  # type: ignore[operator]
 
 
+def uses_batch(norm: nn.Module) -> bool:
+    """Whether a norm is in training, and set as `lean.py` knows it: no SyncBatchNorm, nor one that is held in eval."""
+    usual = norm.affine and (type(norm) is nn.GroupNorm or (norm.track_running_stats and norm.momentum is not None))
+    return norm.training and type(norm) in (nn.BatchNorm3d, nn.GroupNorm) and bool(usual)
+
+
 def convolved(S: Tensor, over_query: Tensor, over_support: Tensor, bias: Tensor) -> Tensor:
     """(N, C, hq, wq, hs, ws) -> (N, C', hq, wq, hs*ws), channels last in memory."""
     k = over_query.shape[2] // 2
@@ -110,16 +116,16 @@ class HSFM(nn.Module):
         """
         S = S.unflatten(2, support_size).unflatten(1, query_size).movedim(-1, 1)
         mask_NS = mask_NS.repeat_interleave(HEADS, dim=0)
-        if self.training and isinstance(self.b3dconvs, nn.Sequential):
-            evidence = self.in_training(S, mask_NS)
+        layers = cast("list[B3DConv]", list(self.b3dconvs.children()))
+        if layers and all(uses_batch(layer.norm) for layer in layers):
+            evidence = self.in_training(S, mask_NS, *layers)
         else:
             enhanced = self.b3dconvs(S).movedim(1, -1)
             evidence = filtered(enhanced.flatten(3, 4).flatten(1, 2), mask_NS)
         return Evidence(*(x.unflatten(0, (-1, HEADS)) for x in evidence))
 
-    def in_training(self, S: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
+    def in_training(self, S: Tensor, mask_NS: Tensor, first: B3DConv, second: B3DConv) -> tuple[Tensor, Tensor]:
         """The same of a batch, by its own statistics."""
-        first, second = cast("list[B3DConv]", self.b3dconvs)
         sizes = (S.shape[2], S.shape[3], S.shape[4], S.shape[5])
         z_NPC = convolved(S, *first.weights).movedim(1, -1).flatten(1, 3)
         mean, rstd, groups = statistics(first.norm, z_NPC)

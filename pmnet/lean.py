@@ -5,6 +5,7 @@ alone is kept, and the rest is made again, a few pairs at a time. In names of te
 and P the positions of an affinity, hq*wq*hs*ws.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -35,6 +36,15 @@ def portions(x_NPC: Tensor) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, len(x_NPC), step))
 
 
+def roomy(like: Tensor, channels: int) -> Tensor:
+    """An empty (N, P, C) with some bytes to spare, so that the next one fits where this one was.
+
+    PyTorch wants aligned memory, which glibc before 2.38 looks for in blocks that are larger than asked for.
+    """
+    shape = (*like.shape[:2], channels)
+    return like.new_empty(math.prod(shape) + 1024)[:-1024].view(shape)
+
+
 class Rectified(NamedTuple):
     """relu(norm(z)), where and when it is needed.
 
@@ -62,7 +72,7 @@ class Rectified(NamedTuple):
         Args:
             gradient: for a portion and its rectified values, the gradient of these.
         """
-        grad_NPC = torch.empty_like(self.z)
+        grad_NPC = roomy(self.z, self.z.shape[2])
         sums, sums_of_z = torch.empty_like(self.mean), torch.empty_like(self.mean)
         for i in portions(self.z):
             y = self.part(i)
@@ -72,8 +82,8 @@ class Rectified(NamedTuple):
         of_mean, of_z = (average(self.weight * s, self.groups) / self.z.shape[1] for s in (sums, sums_of_z))
         slope = -self.rstd.square() * of_z
         scale, shift = self.rstd * self.weight, -self.rstd * of_mean - slope * self.mean
-        for i in portions(self.z):
-            grad_NPC[i].mul_(scale[i]).add_(shift[i]).addcmul_(self.z[i], slope[i].to(self.z.dtype))
+        for i in portions(self.z):  # rounded once, at the end
+            grad_NPC[i] = torch.addcmul(torch.addcmul(shift[i], grad_NPC[i], scale[i]), self.z[i], slope[i])
         return grad_NPC, sums_of_z.sum((0, 1)), sums.sum((0, 1))
 
 
@@ -112,7 +122,7 @@ class ConvolvedTwice(Function):
         ctx.save_for_backward(z, mean, rstd, weight, bias, over_query, over_support)
         ctx.groups, ctx.sizes = groups, sizes
         rectified = Rectified(z, mean, rstd, weight, bias, groups)
-        out = z.new_empty(*z.shape[:2], len(shift))
+        out = roomy(z, len(shift))
         for i in portions(z):
             y_query, y_support = planes(rectified.part(i), sizes)
             k = over_query.shape[2] // 2

@@ -78,10 +78,11 @@ class PMNetHead(nn.Module):
             S = affinity([q[episodes] for q in query_tokens], [s[pairs] for s in support_tokens])
             return hsfm(S, mask_N1HW[pairs].flatten(1), (hq, wq), (hs, ws))
 
-        at_once = B * K if self.training else pairs_at_a_time(hq * wq * hs * ws, mask_N1HW.device)
+        together = any(module.training for module in hsfm.modules())  # pairs that are normalised by one another
+        at_once = B * K if together else pairs_at_a_time(hq * wq * hs * ws, mask_N1HW.device)
         parts = [evidence(slice(i, i + at_once)) for i in range(0, B * K, at_once)]
-        together = Evidence(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        return coarse_mask(together, K).unflatten(2, (hq, wq))
+        found = Evidence(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return coarse_mask(found, K).unflatten(2, (hq, wq))
 
 
 class Support(NamedTuple):

@@ -156,6 +156,7 @@ def test_interrupted_run_is_gone_on_with_before_the_checkpoint_that_began_it(tra
         ("shot.k=0", "shot.k must be 1 or more"),
         ("episodes.image_size=100", "multiples of 32"),
         ("mode=tset", "train, test, pretrain"),
+        ("trainer.precision=bf16-mixd", "bf16-mixed"),
     ],
 )
 def test_value_that_cannot_be_is_refused(tmp_path: Path, setting: str, words: str) -> None:
@@ -295,6 +296,7 @@ def test_options_of_speed_change_no_number(tmp_path: Path) -> None:
     kept = [f"trainer.cache.folder={tmp_path}/features", "trainer.cache.host_gb=0"]
     options = {"none": ["trainer.cache=null"], "memory": [], "disk": kept, "again": kept}
     options |= {"compiled": ["trainer.compile=true"], "planes": ["trainer.channels_last=false"]}
+    options |= {"low": ["trainer.precision=bf16-true"]}
     for name, chosen in options.items():
         done = run(*setting, *chosen, f"hydra.run.dir={tmp_path}/{name}")
         assert done.returncode == 0, done.stderr

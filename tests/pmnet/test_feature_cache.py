@@ -1,8 +1,11 @@
 """Kept features against the backbone's own, and where they are kept."""
 
+import copy
 import os
+import pickle
 
 import pytest
+import safetensors.torch
 import torch
 
 import pmnet.cache
@@ -82,6 +85,72 @@ def test_folder_is_shared_by_whoever_has_the_same_weights_size_and_precision(ima
     changed = images.clone()
     changed[2, 0, 5, 7] += 1
     assert passes(changed)[0] == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_network_of_another_precision_finds_its_own(dtype, images, tmp_path):
+    for to in (torch.float32, torch.bfloat16):
+        backbone, passed = make_backbone(FeatureCache(host_gb=0, folder=tmp_path))
+        backbone.to(to)
+        given = images.to(dtype) if dtype == torch.uint8 else (images / 255).to(to)
+        with torch.no_grad():
+            features = [backbone(given)["layer4"][0] for _ in range(2)]
+        assert [f.dtype for f in features] == [to, to]
+        assert torch.equal(*features)
+        assert passed == [5]
+
+
+def test_what_makes_other_features_finds_its_own(images, expected, tmp_path):
+    class Rectified(SmallBackbone):
+        def blocks_of(self, images):
+            return {layer: [f.relu() for f in blocks] for layer, blocks in super().blocks_of(images).items()}
+
+    cache = FeatureCache(host_gb=0, folder=tmp_path)
+    with torch.no_grad():
+        backbone, _ = make_backbone(cache)
+        backbone(images)
+        rectified = Rectified("none").freeze()
+        rectified.cache = cache
+        assert torch.equal(rectified(images)["layer3"][0], expected["layer3"][0].relu())
+        for change in (backbone.mean, next(backbone.trunk.parameters())):
+            change.mul_(1.5)
+            assert_same(backbone(images), backbone.computed(images))
+            assert not torch.allclose(backbone(images)["layer3"][0], expected["layer3"][0])
+
+
+@pytest.mark.parametrize("damage", ["bit", "zeros", "other tensors"])
+def test_file_of_other_content_is_not_used(damage, images, expected, tmp_path, caplog):
+    with torch.no_grad():
+        make_backbone(FeatureCache(folder=tmp_path))[0](images)
+        path = next(tmp_path.rglob("*.safetensors"))
+        content = bytearray(path.read_bytes())
+        if damage == "bit":
+            content[-1001] ^= 64
+        elif damage == "zeros":
+            content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        else:
+            content = safetensors.torch.save({"layer3.0": torch.ones(2, 2, 2)})
+        path.write_bytes(content)
+        assert_same(make_backbone(FeatureCache(folder=tmp_path))[0](images), expected)
+    assert caplog.text.count("cannot be read") == 1
+
+
+def test_copies_are_empty(images):
+    backbone, _ = make_backbone(FeatureCache())
+    with torch.no_grad():
+        backbone(images)
+    for other in (copy.deepcopy(backbone.cache), pickle.loads(pickle.dumps(backbone.cache))):
+        assert backbone.cache.kept
+        assert not other.kept
+        assert other.room == other.budget
+
+
+def test_gradients_to_images_pass_by_the_cache(images):
+    backbone, _ = make_backbone(FeatureCache())
+    image = (images[:1] / 255).requires_grad_()
+    for _ in range(2):
+        assert torch.autograd.grad(backbone(image)["layer4"][0].sum(), image)[0].abs().sum() > 0
+    assert backbone(images[:0])["layer4"][0].shape[0] == 0
 
 
 def test_broken_file_is_told_and_made_again(images, expected, tmp_path, caplog):

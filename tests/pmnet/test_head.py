@@ -318,6 +318,61 @@ def test_training_agrees_with_ready_operations(norm, largest, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
 
 
+def test_batch_norms_may_be_held_while_the_rest_is_trained():
+    head, inputs = random_head(dropout=0.0).double(), random_inputs(batch=2)
+    with torch.no_grad():
+        expected, running = head(*inputs), {name: t.clone() for name, t in head.named_buffers()}
+    head.train()
+    for module in head.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.eval()
+    logits = head(*inputs)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+    assert all(torch.equal(t, running[name]) for name, t in head.named_buffers())
+    logits.square().mean().backward()
+    assert all(p.grad is not None for p in head.parameters())
+
+
+def test_other_norms_do_their_own_work_in_training():
+    """`trainer.sync_batchnorm=true` puts another in the place of each BatchNorm."""
+
+    class Counting(torch.nn.BatchNorm3d):
+        seen = 0
+
+        def forward(self, x):
+            Counting.seen += 1
+            return super().forward(x)
+
+    head, inputs = random_head(dropout=0.0).double().train(), random_inputs(batch=2)
+    expected = head(*inputs)
+    for layer in (layer for m in head.hsfm.values() for layer in m.b3dconvs):
+        norm = Counting(layer.norm.num_features).double()
+        norm.load_state_dict(layer.norm.state_dict())
+        layer.norm = norm
+    torch.testing.assert_close(head(*inputs), expected, rtol=0, atol=1e-12)
+    assert Counting.seen == 4
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_gradients_through_a_norm_are_rounded_once(norm, low):
+    """As PyTorch's own norms do it; step by step in float16, with a loss that is scaled, small slopes would vanish."""
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 900, 16, generator=random).mul_(3).add_(1).to(low)
+    given = torch.randn(4, 900, 16, generator=random).mul_(1e-4).to(low)
+    layer = torch.nn.BatchNorm3d(16) if norm == "batch" else torch.nn.GroupNorm(4, 16)
+    mean, rstd, groups = pmnet.lean.statistics(layer, z)
+    rectified = pmnet.lean.Rectified(z, mean, rstd, layer.weight.detach(), layer.bias.detach(), groups)
+    ours = rectified.backward(lambda i, y: given[i].clone())[0]
+
+    exact = z.double().requires_grad_()
+    normed = layer.double()(exact.movedim(2, 1)[..., None, None]).flatten(2).movedim(1, 2)
+    (theirs,) = torch.autograd.grad(normed.relu(), exact, given.double())
+    decided = normed.abs() > 1e-3  # elsewhere ReLU may fall on either side
+    worst = (ours.double() - theirs).abs()[decided].max() / theirs.abs().max()
+    assert worst < torch.finfo(low).eps
+
+
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_training_in_half_precision_is_near_that_in_full(norm):
     """On maps of some size: below 8x8 PyTorch sums its bfloat16 gradients of convolutions up badly."""
