@@ -267,7 +267,7 @@ def rows_of(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
     return rows
 
 
-HEADERS = ["", "floor, s", "PMNet, s", "plain, s", "x floor", "x plain", "PMNet, GB", "plain, GB"]
+HEADERS = ["", "floor (float32), s", "PMNet, s", "plain, s", "x floor", "x plain", "PMNet, GB", "plain, GB"]
 
 
 def draw(curves: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) -> None:
