@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,19 +34,26 @@ class WandbLogger(LightningWandbLogger):
         save_dir: the run's folder; a job that goes on there goes on in the same W&B run.
         checkpoint: whether the tested checkpoint is stored as an artifact.
         init_timeout: seconds to wait for the server at the start.
+        finish_timeout: seconds to wait at the end for what is not uploaded yet; it stays in the run's folder.
     """
 
     def __init__(
-        self, save_dir: str, offline: bool = False, checkpoint: bool = False, init_timeout: float = 60, **init: Any
-    ) -> None:
-        settings = wandb.Settings(init_timeout=init_timeout)
-        super().__init__(save_dir=save_dir, id=run_id(Path(save_dir)), settings=settings, **init)
+        self, save_dir: str, offline: bool = False, checkpoint: bool = False,
+        init_timeout: float = 60, finish_timeout: float = 120, **init: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(save_dir=save_dir, id=run_id(Path(save_dir)), **init)
         self._wandb_init.pop("anonymous")  # wandb warns that it means nothing any more
         self.checkpoint, self.failed = checkpoint, False
-        if not offline and (why := reason_against_online()):
-            self.go_offline(why)
-        elif offline:
-            self._wandb_init["mode"] = "offline"
+
+        def settle() -> None:  # an environment variable that wandb refuses is told of here
+            settings = wandb.Settings(init_timeout=init_timeout, finish_timeout=finish_timeout)
+            self._wandb_init["settings"] = settings
+            if offline:
+                self._wandb_init["mode"] = "offline"
+            elif os.environ.get("WANDB_MODE", "online") == "online" and (why := reason_against_online()):
+                self.go_offline(why)
+
+        self.guard(settle)
 
     def go_offline(self, why: str) -> None:
         self._wandb_init["mode"] = "offline"
@@ -81,6 +89,8 @@ class WandbLogger(LightningWandbLogger):
         try:
             what()
         except Exception as error:  # wandb's own, its service's, the network's: none is worth a training
+            if self.failed:  # and told, on the way to this
+                return
             self.failed = True
             with suppress(Exception):
                 wandb.teardown()  # else it would try again when Python ends, and fail again

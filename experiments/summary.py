@@ -11,7 +11,7 @@ from rich.markup import escape
 from experiments.errors import UserError
 from experiments.report.__main__ import show
 from experiments.report.collect import collect
-from experiments.report.page import write
+from experiments.report.page import state_lines, write
 from experiments.report.tables import Benchmark, Series, mean_of, number_columns
 
 
@@ -27,11 +27,11 @@ def sum_up(folder: Path, cfg: DictConfig) -> int:
     benchmarks = write(found, folder / "report")
     show(found, benchmarks, folder / "report")
     if str(cfg.logger._target_).endswith("WandbLogger"):
-        log_summary(folder, cfg, benchmarks)
+        log_summary(folder, cfg, benchmarks, state_lines(found))
     return len(found.jobs) - len(found.finished)
 
 
-def log_summary(folder: Path, cfg: DictConfig, benchmarks: list[Benchmark]) -> None:
+def log_summary(folder: Path, cfg: DictConfig, benchmarks: list[Benchmark], state: list[str]) -> None:
     """One W&B run: a table with a row a configuration and shot, its means as summary, figures and the page."""
     import wandb
 
@@ -41,8 +41,9 @@ def log_summary(folder: Path, cfg: DictConfig, benchmarks: list[Benchmark]) -> N
     for name in ("_target_", "name", "group", "job_type", "tags", "save_dir", "checkpoint"):
         options.pop(name, None)
     rows = [line for b in benchmarks for s in b.series for shot in b.shots if (line := row(b, s, shot))]
-    folds = sorted({fold for line in rows for fold in line if fold.startswith("fold ")})
-    columns: list[str | int] = ["task", "dataset", "target", "backbone", "row", "shot", *folds, "miou", "fb_iou"]
+    folds = list(dict.fromkeys(f"{fold}" for b in benchmarks for k, fold in number_columns(b)[0] if fold != "mean"))
+    numbers = [*(f"fold {f}" for f in folds), "miou", *(f"fold {f}, fb_iou" for f in folds), "fb_iou"]
+    columns: list[str | int] = ["task", "dataset", "target", "backbone", "row", "shot", *numbers]
     name = folder.absolute().name
     logger = WandbLogger(
         save_dir=str(folder), name=f"summary of {name}", group="sweeps", job_type="summary", tags=["sweep"], **options
@@ -51,6 +52,9 @@ def log_summary(folder: Path, cfg: DictConfig, benchmarks: list[Benchmark]) -> N
     def send() -> None:
         run = logger.experiment
         run.config.update({"sweep": name})
+        run.summary["jobs"] = state[0]
+        if state[1:]:
+            run.summary["missing"] = "\n".join(state[1:])
         run.log({"folds": wandb.Table(columns=columns, data=[[line.get(str(c)) for c in columns] for line in rows])})
         for line in rows:
             setting = "/".join(str(line[c]) for c in ("dataset", "target", "backbone", "row", "shot"))
@@ -72,9 +76,9 @@ def row(b: Benchmark, s: Series, shot: int) -> dict[str, Any]:
     line: dict[str, Any] = {"task": b.task, "dataset": b.dataset, "target": b.target, "backbone": b.backbone}
     line |= {"row": s.name, "shot": shot}
     for k, fold in number_columns(b)[0]:
-        values = s.values(shot, fold, "miou") if fold != "mean" else []
-        if k == shot and values:
-            line[f"fold {fold}"] = statistics.mean(values)
+        if k == shot and fold != "mean" and s.values(shot, fold, "miou"):
+            line[f"fold {fold}"] = statistics.mean(s.values(shot, fold, "miou"))
+            line[f"fold {fold}, fb_iou"] = statistics.mean(s.values(shot, fold, "fb_iou"))
     for key in ("miou", "fb_iou"):
         values = s.values(shot, "all", key) if b.folds == ["all"] else mean_of(s, b, shot, key)
         line[key] = statistics.mean(values) if values else None

@@ -1,6 +1,7 @@
 """Reports on runs and sweeps, at any time: tables beside the published ones, figures, report.html."""
 
 import argparse
+import io
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ OF_A_LOG = 200  # columns, as it need not fit a window
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m experiments.report", description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, help="of runs or sweeps, or above them")
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT/GROUP", help="the runs of a W&B group instead")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT/GROUP", nargs="+", help="the runs of W&B groups instead")
     parser.add_argument("--out", type=Path, help="where to write (default: report/ in the folder)")
     args = parser.parse_args(arguments)
     if bool(args.folders) == bool(args.wandb):
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def show(found: Found, benchmarks: list[Benchmark], out: Path) -> None:
     """Prints the tables, what is missing, and where the rest is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an encoding without arrows is no reason to fail
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, OF_A_LOG)

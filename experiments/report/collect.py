@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +39,7 @@ class Job:
         record: its results.json; empty unless it finished.
         error: why it failed, if it did.
         url: of its run in W&B, if it came from there.
+        by_path: whether a dataset of one's own goes by its whole path, as another has the same name.
     """
 
     folder: Path | None
@@ -46,6 +48,7 @@ class Job:
     error: str | None = None
     name: str = ""
     url: str | None = None
+    by_path: bool = False
 
     @property
     def state(self) -> str:
@@ -65,7 +68,7 @@ class Job:
         s, config = self.setting, self.record.get("config", {})
         dataset, target = s["dataset"], s.get("target", s["dataset"])
         roots = [(config.get(k) or {}).get("root") for k in ("dataset", "target")]
-        own = [f"folder {Path(root).name}" if root else "folder" for root in roots]
+        own = [f"folder {root if self.by_path else Path(root).name}" if root else "folder" for root in roots]
         return (
             s.get("task", "cross_category"),
             own[0] if dataset == "folder" else dataset,
@@ -166,8 +169,10 @@ def collect(folders: Sequence[Path]) -> Found:
             if (job := read_job(place, found.notes)) is not None:
                 found.jobs.append(job)
     give_names(found)
+    tell_datasets_apart(found.tested)
     for sweep in found.sweeps:
-        begun = [job.overrides for job in found.jobs if job.folder and job.folder.is_relative_to(sweep.folder)]
+        inside = sweep.folder.resolve()
+        begun = [job.overrides for job in found.jobs if job.folder and job.folder.resolve().is_relative_to(inside)]
         for overrides in sweep.planned:
             if overrides in begun:
                 begun.remove(overrides)
@@ -199,8 +204,9 @@ def read_sweep(folder: Path, notes: list[str]) -> Sweep:
     plan = read_json(folder / "sweep.json")
     if not plan:
         notes.append(f"{folder.name}: sweep.json cannot be read; which runs it planned is not known.")
-    planned = [job["overrides"] for job in plan.get("jobs") or []]
-    return Sweep(folder, plan.get("command", []), plan.get("started", ""), planned)
+    jobs, command = (value if isinstance(value := plan.get(key), list) else [] for key in ("jobs", "command"))
+    planned = [list(map(str, job["overrides"])) for job in jobs if isinstance(job, dict) and job.get("overrides")]
+    return Sweep(folder, list(map(str, command)), str(plan.get("started") or ""), planned)
 
 
 def read_job(folder: Path, notes: list[str]) -> Job | None:
@@ -212,20 +218,57 @@ def read_job(folder: Path, notes: list[str]) -> Job | None:
         given = []  # half written
     job = Job(folder, [str(o) for o in given if not str(o).startswith("hydra.")] if isinstance(given, list) else [])
     record, job.error = read_json(folder / "results.json"), read_json(folder / "failure.json").get("error")
+    job.error = str(job.error) if job.error is not None else None
     if job.error is None and (record.get("mode") == "pretrain" or is_whole(record)):
         job.record = record
     elif job.error is None and (folder / "results.json").exists():
-        notes.append(f"{folder.name}: results.json cannot be read, or lacks numbers; the run counts as unfinished.")
-    return job if job.error or (folder / ".hydra").exists() or (folder / "results.json").exists() else None
+        notes.append(f"{folder.name}: results.json cannot be read, or is none of a run; the run counts as unfinished.")
+    return job if job.error or (folder / ".hydra").exists() or job.record else None
+
+
+Number = int | float
+SHAPE: dict[str, Any] = {  # of a record, as far as reports read it; what older versions lacked may be missing
+    "test": {"miou": Number, "fb_iou": Number},
+    "setting": {"dataset": str},
+}
+SHAPE_IF_THERE: dict[str, Any] = {
+    "setting": {
+        **dict.fromkeys(("task", "target", "backbone", "model"), str),
+        "fold": int | str,
+        "folds": int,
+        "shot": int,
+    },
+    "baselines": {},
+    "backbone": {"trained_on": dict | None},
+    "training": {"run": str, "epochs": int},
+    "checkpoint": {"path": str},
+    "parameters": {"learnable": int},
+    **{key: {} for key in ("episodes", "config", "versions")},
+    "command": list,
+}
 
 
 def is_whole(record: dict[str, Any]) -> bool:
-    """Whether a record has what every table needs; records of older versions may lack the rest."""
-    test, setting = record.get("test"), record.get("setting")
-    if not isinstance(test, dict) or not isinstance(setting, dict):
+    """Whether a record has what every table needs, and nothing that no run has written."""
+    if not (has(record, SHAPE, needed=True) and has(record, SHAPE_IF_THERE, needed=False)):
         return False
-    test.setdefault("iou_per_class", {})
-    return "dataset" in setting and all(isinstance(test.get(k), int | float) for k in ("miou", "fb_iou"))
+    if record.get("baselines") and not has(record["baselines"], {"all_foreground": SHAPE["test"]}, needed=True):
+        return False
+    tested = [record["test"], *record.get("baselines", {}).values()]
+    classes = [scores.setdefault("iou_per_class", {}) for scores in tested if isinstance(scores, dict)]
+    fold = record["setting"].get("fold", 0)
+    return (
+        len(classes) == len(tested)
+        and all(isinstance(ious, dict) and all(isinstance(iou, Number) for iou in ious.values()) for ious in classes)
+        and (isinstance(fold, int) or fold == "all")
+    )
+
+
+def has(value: Any, shape: Any, needed: bool) -> bool:
+    if not isinstance(shape, dict):
+        return isinstance(value, shape)
+    there = isinstance(value, dict) and (value.keys() >= shape.keys() or not needed)
+    return there and all(has(value[key], inner, needed) for key, inner in shape.items() if key in value)
 
 
 def give_names(found: Found) -> None:
@@ -235,15 +278,37 @@ def give_names(found: Found) -> None:
         job.name = str(folder.relative_to(os.path.commonpath([f.parent for f in folders])))
 
 
-def from_wandb(path: str, folder: Path) -> Found:
-    """The runs of a W&B group, each by the results.json that it stored, fetched to `folder`.
+def tell_datasets_apart(jobs: Sequence[Job]) -> None:
+    """Folders of one name are one dataset, wherever they lie, as long as they have the same classes."""
+    classes: dict[Any, set[Any]] = defaultdict(set)
+    for job in jobs:
+        classes[job.benchmark].add(classes_of(job))
+    for job in jobs:
+        if job.by_path is False and len(classes[job.benchmark]) > 1:
+            job.by_path = True
+            del job.benchmark  # is made anew
+
+
+def classes_of(job: Job) -> frozenset[str]:
+    """Of both sides: the same in every fold."""
+    drawn = job.record.get("episodes", {})
+    return frozenset([*drawn.get("base_classes", []), *drawn.get("novel_classes", [])])
+
+
+def from_wandb(paths: Sequence[str], folder: Path) -> Found:
+    """The runs of W&B groups, each by the results.json that it stored, fetched to `folder`.
 
     Args:
-        path: entity/project/group.
+        paths: entity/project/group each.
 
     Raises:
         UserError: no such group, no key, no connection.
     """
+    jobs = [job for path in dict.fromkeys(paths) for job in of_group(path, folder)]
+    return Found(jobs, [], ["Pictures of predictions are not fetched from W&B; learning curves are those found here."])
+
+
+def of_group(path: str, folder: Path) -> list[Job]:
     import wandb
 
     try:
@@ -270,7 +335,7 @@ def from_wandb(path: str, folder: Path) -> Found:
         raise UserError(f"W&B did not give the runs of {path}: {told}. Is there a key (wandb login)?") from error
     if not jobs:
         raise UserError(f"W&B has no run in the group {group} of {entity}/{project}.")
-    return Found(jobs, [], [])
+    return jobs
 
 
 def all_equal(values: Iterable[Any]) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
+from uuid import uuid4
 
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
@@ -30,6 +31,7 @@ class Section:
     """A benchmark on the page; figures are (heading, name of the file, PNG)."""
 
     title: str
+    name: str
     miou: Table
     fb_iou: Table
     per_class: Table
@@ -48,11 +50,12 @@ class Origin:
 
 
 def write(found: Found, out: Path) -> list[Benchmark]:
-    """Writes report.{html,md,tex,csv} and figures/*.png to `out`; returns what was reported, by benchmark.
+    """Writes report.{html,md,tex,csv}, tables/*.csv and figures/*.png to `out`; returns what was reported.
 
     Each file takes its place when it is whole, as people look at them while a sweep goes on.
     """
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for folder in ("figures", "tables"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     benchmarks = tables.benchmarks(found.tested)
     sections = [section(b) for b in benchmarks]
     overall = drawn("Against the paper", "radar", figures.radar(benchmarks))
@@ -62,20 +65,23 @@ def write(found: Found, out: Path) -> list[Benchmark]:
     replace(out / "report.md", markdown(found, sections, overall))
     replace(out / "report.tex", "\n".join(tables.latex(t) for s in sections for t in (s.miou, s.fb_iou, s.per_class)))
     replace(out / "report.csv", tables.tidy_csv(benchmarks))
+    for s in sections:
+        for kind, table in (("miou", s.miou), ("fb-iou", s.fb_iou), ("classes", s.per_class)):
+            replace(out / "tables" / f"{kind}-{s.name}.csv", tables.as_csv(table))
     replace(out / "report.html", html(found, sections, overall, out))
     return benchmarks
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
     part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="replace"))
     os.replace(part, path)
 
 
 def section(b: Benchmark) -> Section:
-    result = Section(b.title, tables.miou(b), tables.fb_iou(b), tables.per_class(b))
     pair = b.dataset if b.dataset == b.target else f"{b.dataset}-{b.target}"
     name = re.sub(r"[^\w-]+", "-", f"{b.task}-{pair}-{b.backbone}")
+    result = Section(b.title, name, tables.miou(b), tables.fb_iou(b), tables.per_class(b))
     result.figures = drawn("mIoU by fold", f"folds-{name}", figures.folds(b))
     for i, s in enumerate(figures.leading(b)):
         if any(s.classes(*key) for key in s.runs):

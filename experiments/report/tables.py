@@ -136,7 +136,21 @@ def benchmarks(jobs: Sequence[Job]) -> list[Benchmark]:
         if len(folds) > 1 and not any("folds" in known for known in [*printed, *(job.setting for job in members)]):
             notes.append("How many folds there are is not recorded; the means are over those found.")
         result.append(Benchmark(task, dataset, target, backbone, series, printed, shots, folds, notes))
+        notes += [note for s in series for shot in shots for note in seeds_left_out(s, shot, result[-1].cut)]
     return result
+
+
+def seeds_left_out(s: Series, shot: int, folds: Sequence[Any]) -> list[str]:
+    """Which seeds a mean is not over, where it is over others."""
+    of: dict[Any, set[Any]] = {
+        fold: {job.setting.get("seed") for job in s.runs.get((shot, fold), [])} for fold in folds
+    }
+    seeds = set().union(*of.values())
+    lacking = {seed: [str(fold) for fold in folds if seed not in of[fold]] for seed in sorted(seeds, key=str)}
+    if all(lacking.values()) or not any(lacking.values()):
+        return []
+    without = "; ".join(f"seed {seed} lacks fold {', '.join(missing)}" for seed, missing in lacking.items() if missing)
+    return [f"{s.name}, {shot}-shot: the mean is over the seeds that have all folds: {without}."]
 
 
 def folds_of(jobs: Sequence[Job], printed: Sequence[dict[str, Any]]) -> list[Any]:
@@ -153,7 +167,7 @@ def rows_of(jobs: Sequence[Job], notes: list[str]) -> list[Series]:
     """A series for each configuration, named by what sets it apart from the others."""
     groups: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
-        groups[str(sorted((k, str(v)) for k, v in job.config.items()))].append(job)
+        groups[str(sorted((k, str(v)) for k, v in job.config.items() if v is not None))].append(job)
     configs = [g[0].config for g in groups.values()]
     names = sorted({k for c in configs for k in c})
     differ = [k for k in names if not all_equal(c.get(k) for c in configs)]
@@ -461,6 +475,12 @@ def latex(table: Table) -> str:
         r"\toprule", line(map(tex, table.columns)), r"\midrule",
         *rows, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}", "",
     ])  # fmt: skip
+
+
+def as_csv(table: Table) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([table.columns, *(row.cells for row in table.rows)])
+    return text.getvalue()
 
 
 CSV = (

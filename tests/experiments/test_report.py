@@ -511,7 +511,7 @@ def test_runs_of_a_wandb_group(sweep, tmp_path: Path, monkeypatch: pytest.Monkey
         return group
 
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=runs))
-    found = from_wandb("team/pmnet/a/group", tmp_path / "fetched")
+    found = from_wandb(["team/pmnet/a/group"], tmp_path / "fetched")
     assert asked == [("team/pmnet", {"group": "a/group"})]
     assert missing(found) == ["unfinished: run3", "failed: run4: W&B has no results of it, which is crashed"]
     (benchmark,) = write(found, tmp_path / "report")
@@ -529,9 +529,9 @@ def test_wandb_that_does_not_answer_is_one_message(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(wandb, "Api", fail)
     with pytest.raises(UserError, match=r"a/b/c: no connection\. Is there a key"):
-        from_wandb("a/b/c", tmp_path)
+        from_wandb(["a/b/c"], tmp_path)
     with pytest.raises(UserError, match="entity/project/group, not a/b"):
-        from_wandb("a/b", tmp_path)
+        from_wandb(["a/b"], tmp_path)
 
 
 class Page(HTMLParser):
@@ -582,8 +582,9 @@ def test_hostile_names_are_shown_as_they_are(sweep) -> None:
     [
         (lambda path: None, ["There is no folder"]),
         (lambda path: path.mkdir(), ["No run in", "results.json"]),
+        (lambda path: (path.mkdir(), (path / "results.json").write_text('{"hello": [1, 2]}')), ["No run in"]),
     ],
-    ids=["no folder", "empty folder"],
+    ids=["no folder", "empty folder", "files of others"],
 )
 def test_nothing_to_report_on_is_one_message(tmp_path: Path, make, words: list[str]) -> None:
     make(tmp_path / "sweep")
@@ -594,12 +595,94 @@ def test_nothing_to_report_on_is_one_message(tmp_path: Path, make, words: list[s
         assert word in done.stderr
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test": {"miou": 1.0, "fb_iou": 2.0, "iou_per_class": ["a"]}},
+        {"test": {"miou": 1.0, "fb_iou": 2.0, "iou_per_class": {"a": "b"}}},
+        *({"setting": {key: value}} for key, value in (
+            ("fold", "0"), ("fold", [1]), ("shot", "5"), ("folds", None), ("task", 3))),
+        *({key: None} for key in ("checkpoint", "config", "backbone", "episodes", "training", "command")),
+        {"baselines": {"untrained": {"miou": 1.0}, "all_foreground": {"miou": 1.0}}},
+    ],
+)  # fmt: skip
+def test_record_of_another_shape_is_passed_over(tmp_path: Path, change: dict) -> None:
+    write_run(tmp_path / "good", 0)
+    write_run(tmp_path / "bad", 1)
+    path = tmp_path / "bad" / "results.json"
+    record = json.loads(path.read_text())
+    for key, value in change.items():
+        record[key] = record[key] | value if key == "setting" else value
+    path.write_text(json.dumps(record))
+    found = collect([tmp_path])
+    assert [job.state for job in found.jobs] == ["unfinished", "finished"]
+    assert "bad: results.json" in found.notes[0]
+    write(found, tmp_path / "report")
+
+
+def test_plans_and_failures_of_another_shape_do_no_harm(tmp_path: Path) -> None:
+    write_run(tmp_path / "0", 0)
+    begin(tmp_path / "1", ["fold=1"])
+    (tmp_path / "1" / "failure.json").write_text('{"error": 5}')
+    (tmp_path / "sweep.json").write_text('{"jobs": [1, {"overrides": ["fold=2"]}], "started": null, "command": 3}')
+    found = collect([tmp_path])
+    write(found, tmp_path / "report")
+    assert missing(found) == ["failed: 1: 5", "not started: fold=2"]
+
+
+def test_csv_of_a_table_has_its_cells(sweep, tmp_path: Path) -> None:
+    (benchmark,) = write(collect([sweep[0]]), tmp_path)
+    table = miou(benchmark)
+    text = (tmp_path / "tables" / "miou-cross_category-pascal-resnet50.csv").read_text()
+    lines = list(csv.reader(io.StringIO(text)))
+    assert lines == [table.columns, *(row.cells for row in table.rows)]
+    assert any(line[0].startswith("HSNet") for line in lines)
+
+
+def test_seeds_that_a_mean_is_not_over_are_named(tmp_path: Path) -> None:
+    for seed in range(3):
+        for fold in range(4):
+            if (seed, fold) != (1, 2):
+                write_run(tmp_path / f"{seed}{fold}", fold, seed=seed)
+    (benchmark,) = benchmarks(collect([tmp_path]).tested)
+    note = "PMNet, ours, 1-shot: the mean is over the seeds that have all folds: seed 1 lacks fold 2."
+    assert note in benchmark.notes
+
+
+def test_an_option_that_older_runs_lack_and_that_is_not_set_tells_no_rows_apart(tmp_path: Path) -> None:
+    for fold in range(4):
+        write_run(tmp_path / str(fold), fold)
+    alter(tmp_path / "0", config=json.loads((tmp_path / "0" / "results.json").read_text())["config"] | {"new": None})
+    (benchmark,) = benchmarks(collect([tmp_path]).tested)
+    assert len(benchmark.series) == 1
+
+
+def test_folders_of_one_name_are_one_dataset_only_with_the_same_classes(tmp_path: Path) -> None:
+    cats, moss = {"base_classes": ["cat"], "novel_classes": ["lion"]}, {"base_classes": ["moss"], "novel_classes": []}
+    for i, (root, drawn) in enumerate((("/a/data", cats), ("/b/data", cats), ("/c/data", moss))):
+        write_run(tmp_path / str(i), 0, 1, {"x": 10.0 + i}, dataset="folder", target="folder")
+        alter(tmp_path / str(i), config={"dataset": {"root": root}, "target": None}, episodes=drawn)
+    assert {b.dataset for b in benchmarks(collect([tmp_path / "0", tmp_path / "1"]).tested)} == {"folder data"}
+    assert {b.dataset for b in benchmarks(collect([tmp_path]).tested)} == {
+        "folder /a/data", "folder /b/data", "folder /c/data",
+    }  # fmt: skip
+
+
+def test_planned_runs_are_found_however_the_folder_is_written(sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = sweep
+    run = next(path.parent for path in sorted(folder.rglob("results.json")))
+    overrides = json.loads((run / ".hydra" / "overrides.yaml").read_text())
+    (folder / "sweep.json").write_text(json.dumps({"jobs": [{"overrides": overrides}]}))
+    monkeypatch.chdir(run.parent)
+    assert not any("not started" in line for line in missing(collect([Path(run.name), folder])))
+
+
 def test_command_prints_the_tables(sweep) -> None:
     folder, records = sweep
     done = run_module("experiments.report", str(folder), "--out", str(folder / "elsewhere"))
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (folder / "elsewhere").iterdir()} == {
-        "report.html", "report.md", "report.tex", "report.csv", "figures",
+        "report.html", "report.md", "report.tex", "report.csv", "figures", "tables",
     }  # fmt: skip
     mean = statistics.mean(records[5, fold]["test"]["miou"] for fold in range(4))
     assert f"{mean:.1f}" in done.stdout

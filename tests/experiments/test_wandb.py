@@ -1,5 +1,6 @@
 """A W&B that cannot be reached, that refuses, or that breaks: the training goes on, and says so once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,76 @@ def refusing() -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+class Acceptance(BaseHTTPRequestHandler):
+    """Answers what wandb asks before it takes a server for one: who is there, and that a run has begun."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode(errors="replace")
+        data: dict = {
+            "viewer": {"id": "v", "username": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}},
+            "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None, "features": []},
+            **dict.fromkeys(("model", "project", "entity")),
+        }
+        if "upsertBucket" in asked:
+            project = {"id": "p", "name": "pmnet", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "b", "name": "run", "displayName": "run", "historyLineCount": 0, "project": project}
+            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *args) -> None: ...
+
+
+def test_connection_lost_in_mid_training(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Acceptance)
+    serving = get_context("fork").Process(target=server.serve_forever)
+    serving.start()
+    server.socket.close()
+    setting = [*TINY, "trainer.max_epochs=6", "episodes.per_epoch=40", "logger=wandb", "logger.finish_timeout=5"]
+    process = subprocess.Popen(
+        command(*setting, f"hydra.run.dir={tmp_path}"), cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": KEY, "HOME": str(tmp_path),
+                          "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (tmp_path / "checkpoints" / "last.ckpt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    serving.kill()
+    began_online = list((tmp_path / "wandb").glob("run-*"))
+    output = process.communicate(timeout=300)[0]
+    assert began_online, output
+    assert process.returncode == 0, output
+    assert "wandb sync" in output
+    assert "Traceback" not in output
+    assert results(tmp_path)["training"]["epochs"] <= 6
+
+
+@pytest.mark.parametrize("variable", [{"WANDB_BASE_URL": "foo"}, {"WANDB_MODE": "junk"}])
+def test_settings_that_wandb_refuses(variable: dict[str, str], tmp_path: Path) -> None:
+    done = run_with(tmp_path, **variable)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert output.count("W&B failed") == 1, output
+    assert "Traceback" not in output
+    assert results(tmp_path / "run")["test"]
+
+
+def test_wandb_that_is_turned_off_stays_off(tmp_path: Path) -> None:
+    done = run_with(tmp_path, WANDB_MODE="disabled", WANDB_API_KEY="")
+    assert done.returncode == 0, done.stderr
+    assert "W&B" not in done.stdout + done.stderr
+    assert not list((tmp_path / "run").rglob("*.wandb"))
 
 
 def run_with(tmp_path: Path, **environment: str):
