@@ -10,7 +10,7 @@ from experiments.sweep import Sweep
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> float:
-    from experiments.runner import run_job  # torch takes seconds to import; `--help` need not wait for it
+    from experiments.run.job import run_job  # torch takes seconds to import; `--help` need not wait for it
 
     return run_job(cfg)
 

@@ -1,7 +1,7 @@
 """Episodes: where images come from, and who meets whom."""
 
-from datamodules.base import FewShotDataset
-from datamodules.episode import Episode
-from datamodules.module import FewShotDataModule
+from datamodules.episodes.dataset import FewShotDataset
+from datamodules.episodes.episode import Episode
+from datamodules.episodes.module import FewShotDataModule
 
 __all__ = ["Episode", "FewShotDataModule", "FewShotDataset"]

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from datamodules.base import Episodes
-from datamodules.cache import ImageCache
-from datamodules.episode import EpisodeSpec
-from datamodules.folder import FolderDataset
-from datamodules.module import names_of
+from datamodules.episodes.cache import ImageCache
+from datamodules.episodes.dataset import Episodes
+from datamodules.episodes.episode import EpisodeSpec
+from datamodules.episodes.module import names_of
+from datamodules.own.folder import FolderDataset
+from datamodules.own.synthetic import CLASSES, draw
 from datamodules.progress import track
-from datamodules.synthetic import CLASSES, draw
 
 HEIGHT, WIDTH, SIZE, EPISODES, ROUNDS = 375, 500, (384, 384), 100, 7
 

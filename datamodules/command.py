@@ -13,9 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
-from datamodules.base import Episodes, FewShotDataset
+from datamodules.episodes.dataset import Episodes, FewShotDataset
+from datamodules.episodes.module import FewShotDataModule
 from datamodules.errors import DatasetError
-from datamodules.module import FewShotDataModule
+from pmnet.errors import ImageError
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -25,9 +26,9 @@ def one_message() -> Iterator[None]:
     """An error that the user can mend is one message and exit code 1."""
     try:
         yield
-    except (DatasetError, HydraException, OmegaConfBaseException) as error:
+    except (DatasetError, ImageError, HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
-        if isinstance(error, InstantiationException) and not isinstance(cause, DatasetError):
+        if isinstance(error, InstantiationException) and not isinstance(cause, (DatasetError, ImageError)):
             raise
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(cause))}", highlight=False)
         sys.exit(1)

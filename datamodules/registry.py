@@ -4,16 +4,16 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-import datamodules
-from datamodules.base import FewShotDataset
+from datamodules import benchmarks, own
+from datamodules.episodes.dataset import FewShotDataset
 
 
 @cache
 def all_datasets() -> dict[str, type[FewShotDataset]]:
     """Name -> class."""
     found: dict[str, type[FewShotDataset]] = {}
-    for module in iter_modules(datamodules.__path__):
-        if not module.ispkg:
-            members = vars(import_module(f"datamodules.{module.name}")).values()
-            found |= {m.name: m for m in members if isinstance(m, type) and hasattr(m, "name")}
-    return dict(sorted((n, c) for n, c in found.items() if issubclass(c, FewShotDataset)))
+    for room in (benchmarks, own):
+        for module in iter_modules(room.__path__, f"{room.__name__}."):
+            kinds = (kind for kind in vars(import_module(module.name)).values() if isinstance(kind, type))
+            found |= {k.name: k for k in kinds if issubclass(k, FewShotDataset) and hasattr(k, "name")}
+    return dict(sorted(found.items()))

@@ -14,9 +14,9 @@ from rich.table import Table
 from scipy.ndimage import binary_erosion
 from torch import Tensor
 
-from datamodules.base import Episodes, FewShotDataset
 from datamodules.command import config, one_message, test_episodes
-from datamodules.episode import IGNORE, Episode
+from datamodules.episodes.dataset import Episodes, FewShotDataset
+from datamodules.episodes.episode import IGNORE, Episode
 
 OUTLINE, IGNORED = (255, 255, 60), (255, 60, 200)
 MOST_SUPPORTS = 5

@@ -152,13 +152,13 @@ def plain(device: str) -> Callable[[Work], dict[str, float]]:
     """`tests/plain_network.py`, on features of the same backbone, whose memory is laid out as PyTorch does it."""
     import torch
 
-    import pmnet.network
+    import pmnet.methods.pmnet.network
 
     sys.path.insert(0, str(ROOT))
-    from tests.plain_network import plain_network_head
+    from tests.pmnet.methods.plain_network import plain_network_head
 
-    pmnet.network.keep_freed_memory = lambda: False  # type: ignore[assignment]
-    network = pmnet.network.PMNet(pmnet.ResNetBackbone("resnet50", weights="none")).to(device)
+    pmnet.methods.pmnet.network.keep_freed_memory = lambda: False  # type: ignore[assignment]
+    network = pmnet.methods.pmnet.network.PMNet(pmnet.ResNetBackbone("resnet50", weights="none")).to(device)
     network.backbone.to(memory_format=torch.contiguous_format)
 
     @torch.no_grad()

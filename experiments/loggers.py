@@ -18,7 +18,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experime
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.processes import is_first
+from experiments.run.processes import is_first
 
 log = logging.getLogger(__name__)
 OVER_EPOCHS = {"val/miou": "max", "val/fb_iou": "max", "train/loss": "min"}  # named alike in any fold and shot

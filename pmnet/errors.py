@@ -17,5 +17,9 @@ class CheckpointError(PMNetError):
     """A checkpoint cannot be read, written, or does not fit the network."""
 
 
+class ImageError(PMNetError):
+    """An image file is missing or cannot be read."""
+
+
 class NonFiniteLossError(PMNetError):
     """The loss became NaN or infinite; names the episodes that did it."""

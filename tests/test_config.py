@@ -101,7 +101,7 @@ def test_target_follows_the_task_unless_chosen(task, target):
 def test_null_takes_a_group_away():
     assert compose("config", ["experiment=table3_isic"]).validation is not None
     assert compose("config", ["experiment=table3_isic", "validation=null"]).validation is None
-    assert compose("config", ["experiment=null"]).dataset._target_ == "datamodules.folder.FolderDataset"
+    assert compose("config", ["experiment=null"]).dataset._target_ == "datamodules.own.folder.FolderDataset"
 
 
 # Mistakes

@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from datamodules.benchmark import Benchmark
+from datamodules.benchmarks.base import Benchmark
 from datamodules.errors import DatasetError
 from datamodules.prepare.ready import check, prepare
 from datamodules.registry import all_datasets
+from pmnet.errors import ImageError
 
 KINDS = {name: kind for name, kind in all_datasets().items() if issubclass(kind, Benchmark) and kind is not Benchmark}
 
@@ -47,8 +48,10 @@ def main() -> None:
             manifest = check(kind, ready)
         else:
             manifest = prepare(kind, args.source, args.root, args.splits, args.download)
-    except (DatasetError, OSError) as error:  # of the disk: full, read-only
-        again = "" if isinstance(error, DatasetError) else ". Once that is mended, the same command goes on."
+    except (DatasetError, ImageError, OSError) as error:  # of the disk: full, read-only
+        again = (
+            "" if isinstance(error, (DatasetError, ImageError)) else ". Once that is mended, the same command goes on."
+        )
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error) + again)}", highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -11,13 +11,15 @@ from typing import Any
 
 from filelock import FileLock
 
-from datamodules.base import Split, verify
-from datamodules.benchmark import Areas, Benchmark
+from datamodules.benchmarks.base import Areas, Benchmark
+from datamodules.episodes.dataset import Split
+from datamodules.episodes.sampler import json_hash
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import fetch
 from datamodules.prepare.source import Source, sha256_of
 from datamodules.progress import track
-from datamodules.sampler import json_hash
+from pmnet.errors import ImageError
+from pmnet.segment.images import verify
 
 VERSION = 1  # of the rules by which folders are made
 MANIFEST, DIGESTS = "manifest.json", "files.sha256"
@@ -58,7 +60,7 @@ def prepare(
             raise DatasetError(f"No image with a mask in {given}. Wanted: {kind.obtain}")
         try:
             areas, odd = scan(dataset, names)
-        except DatasetError as error:
+        except (DatasetError, ImageError) as error:
             raise DatasetError(f"{error} (That path is a copy; mend the file in {given}.)") from error
         if odd:
             rules.append(f"{len(odd)} masks of another size than their image, resized apart: {', '.join(odd[:20])}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.coco import CLASSES
+from datamodules.benchmarks.coco import CLASSES
 from tests.data.folder import paint
 from tests.data.pack import pack, save
 

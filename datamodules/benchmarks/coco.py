@@ -1,0 +1,200 @@
+"""COCO-20i: the 80 classes of COCO 2014 in four folds of twenty.
+
+Home: https://cocodataset.org. Licence: annotations CC BY 4.0, images under Flickr's terms of use.
+82,783 images in train2014, 40,504 in val2014. 80 classes in the order of the category ids, 0-based; fold i holds out
+classes i, i+4, i+8, ...
+Lists: those of HSNet, images of train2014 to train on and of val2014 to test, for each class.
+
+As published: train2014.zip, val2014.zip (COCO_train2014_000000000009.jpg), annotations_trainval2014.zip
+(annotations/instances_{train,val}2014.json).
+Prepared: train2014/*.jpg, val2014/*.jpg; annotations/{train,val}2014/*.png, index masks painted from the annotations,
+class + 1; splits/coco20i.json.gz, {"trn" | "val": {class: [image numbers]}}.
+
+Lin, Maire, Belongie, Hays, Perona, Ramanan, Dollar, Zitnick: Microsoft COCO: Common Objects in Context. ECCV 2014.
+Nguyen, Todorovic: Feature Weighting and Boosting for Few-Shot Segmentation. ICCV 2019 (the folds).
+"""
+
+import gzip
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle
+
+from datamodules.benchmarks.base import MIN_AREA, Areas, Benchmark, stems, write_png
+from datamodules.episodes.dataset import Split
+from datamodules.episodes.episode import EpisodeSpec
+from datamodules.episodes.sampler import Draw, Names, draw_any_class
+from datamodules.errors import DatasetError
+from datamodules.prepare.download import Download
+from datamodules.prepare.lists import hsnet, read_pickle
+from datamodules.prepare.source import Source, place_all, visible
+from datamodules.progress import track
+
+CLASSES = (
+    "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|parking meter|"
+    "bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|"
+    "skis|snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|"
+    "cup|fork|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|chair|couch|"
+    "potted plant|bed|dining table|toilet|tv|laptop|mouse|remote|keyboard|cell phone|microwave|oven|toaster|sink|"
+    "refrigerator|book|clock|vase|scissors|teddy bear|hair drier|toothbrush"
+).split("|")
+YEARS = {"trn": "train2014", "val": "val2014"}
+PICKLES = [f"{part}/fold{fold}.pkl" for part in YEARS for fold in range(4)]
+
+
+class CocoDataset(Benchmark):
+    name = "coco"
+    title = "COCO-20i"
+    test_only = False
+    domain = "natural"
+    balanced = True  # as published: classes have from 53 to 40,118 images
+    test_length = 1000
+    same_size = True
+    classes = tuple(CLASSES)
+    folds = tuple(range(fold, 80, 4) for fold in range(4))
+    obtain = (
+        "train2014.zip, val2014.zip and annotations_trainval2014.zip from https://cocodataset.org/#download. "
+        "--download fetches them (13, 6 and 0.2 GB) and the lists."
+    )
+    wanted = ("*train2014/*.jpg", "*val2014/*.jpg", "*annotations/instances_*2014.json")
+    downloads = (
+        Download("http://images.cocodataset.org/zips/train2014.zip", "md5:0da8c0bd3d6becc4dcb32757491aca88"),
+        Download("http://images.cocodataset.org/zips/val2014.zip", "md5:a3d79f5ed8d289b7a7554ce06a5782b3"),
+        Download(
+            "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+            "md5:0a379cfc70b0e71301e0f377548639bd",
+        ),
+    )
+    list_downloads = {path: hsnet(f"coco/{path}") for path in PICKLES}
+    published = "14c842b5bd707c2b8d0e1757f3a4d8de2b08389cec67c418403954006df8252b"
+
+    # Lists
+
+    @cached_property
+    def by_class(self) -> dict[str, dict[int, Names]]:
+        names = {y: f"{year}/COCO_{year}_{{:012d}}.jpg".format for y, year in YEARS.items()}
+        return {
+            part: {int(c): Names([names[part](number) for number in numbers]) for c, numbers in lists.items()}
+            for part, lists in self.lists.items()
+        }
+
+    def images_of(self, class_id: int, split: Split) -> Sequence[str]:
+        return self.by_class["trn" if split == "train" else "val"][class_id]
+
+    def draw(
+        self, class_ids: Sequence[int], images: dict[int, Sequence[str]], count: int, shot: int, draw: Draw
+    ) -> list[EpisodeSpec]:
+        return draw_any_class(images, count, shot, draw)
+
+    def read_lists(self, folder: Path) -> Any:
+        """From coco20i.json.gz, or from the published pickles."""
+        path = folder / "coco20i.json.gz"
+        if not path.exists() and (folder / PICKLES[0]).exists():
+            return merge({pickle: read_pickle(folder / pickle) for pickle in PICKLES})
+        try:
+            with gzip.open(path, "rt") as file:
+                lists = json.load(file)
+        except FileNotFoundError as error:
+            raise self.absent(path) from error
+        except (OSError, EOFError, ValueError) as error:
+            raise DatasetError(f"{path} cannot be read ({error}). {self.how_to_prepare()}") from error
+        return {part: {str(c): lists[part].get(str(c), []) for c in range(len(CLASSES))} for part in YEARS}
+
+    def write_lists(self, lists: Any, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(lists, separators=(",", ":"))
+        (folder / "coco20i.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+
+    def build_lists(self, areas: Areas) -> Any:
+        lists: dict[str, dict[str, list[int]]] = {part: {str(c): [] for c in range(len(CLASSES))} for part in YEARS}
+        for image, found in areas.items():
+            part = "trn" if image.startswith("train") else "val"
+            for c, pixels in found.items():
+                if pixels >= MIN_AREA:
+                    lists[part][str(c)].append(number_of(image))
+        return lists
+
+    # Files
+
+    def image_path(self, name: str) -> Path:
+        return self.root / name
+
+    def mask_path(self, name: str) -> Path:
+        return self.root / "annotations" / f"{name[:-4]}.png"
+
+    def found(self) -> list[str]:
+        folder = self.root / "annotations"
+        return [f"{year}/{stem}.jpg" for year in YEARS.values() for stem in stems(folder / year, ".png")]
+
+    @classmethod
+    def fill(cls, source: Source, ready: Path) -> list[str]:
+        notes = []
+        for year in YEARS.values():
+            images = place_all(visible(source.need(year, ".jpg", of=f"{year}.zip"), ".jpg"), ready / year, year)
+            annotations = next(source.files(f"instances_{year}.json"), None)
+            if annotations is None:
+                raise DatasetError(f"There is no instances_{year}.json: it is part of annotations_trainval2014.zip.")
+            masks = paint(annotations, ready / "annotations" / year)
+            notes.append(f"{year}: {images} images, {masks} with annotations")
+        return [*notes, "masks: class + 1, painted in the annotations' order, later ones over earlier ones, crowds too"]
+
+
+def paint(annotations: Path, folder: Path) -> int:
+    """Writes the index mask of every annotated image, on all cores; returns their number. Raises DatasetError."""
+    try:
+        content = json.loads(annotations.read_bytes())
+        class_ids = {k["id"]: CLASSES.index(k["name"]) for k in content["categories"]}
+        of_image = defaultdict(list)
+        for a in content["annotations"]:
+            of_image[a["image_id"]].append((class_ids[a["category_id"]], a["segmentation"]))
+        jobs = [
+            (i["file_name"], i["height"], i["width"], of_image[i["id"]])
+            for i in content["images"]
+            if i["id"] in of_image
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{annotations} is no annotation file of COCO ({error!r}): download it again.") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = [jobs[i : i + 200] for i in range(0, len(jobs), 200)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for _ in track(pool.map(partial(paint_images, folder), chunks), f"Painting {folder.name}", len(chunks)):
+            pass
+    return len(jobs)
+
+
+def paint_images(folder: Path, jobs: Sequence[tuple[str, int, int, list[tuple[int, Any]]]]) -> None:
+    for file_name, height, width, segments in jobs:
+        index = np.zeros((height, width), np.uint8)
+        for class_id, segmentation in segments:
+            if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+                segmentation = rle.frPyObjects(segmentation, height, width)
+            elif isinstance(segmentation, list):
+                segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
+            index[rle.decode(segmentation) > 0] = class_id + 1
+        write_png(index, folder / f"{Path(file_name).stem}.png")
+
+
+def number_of(image: str) -> int:
+    """train2014/COCO_train2014_000000000009.jpg -> 9"""
+    return int(image[-16:-4])
+
+
+def merge(pickles: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
+    """The published pickles, {class id: [image, ...]} for each part and fold, as one list."""
+    lists: dict[str, dict[str, list[int]]] = {part: {str(c): [] for c in range(len(CLASSES))} for part in YEARS}
+    for path, content in pickles.items():
+        try:
+            for class_id, images in content.items():
+                lists[path.split("/")[0]][str(int(class_id))] = [number_of(image) for image in images]
+        except (AttributeError, ValueError, TypeError, KeyError) as error:
+            raise DatasetError(
+                f"{path} is no list of COCO-20i ({error!r}): {{class id: [image, ...]}} is wanted."
+            ) from error
+    return lists

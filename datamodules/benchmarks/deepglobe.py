@@ -1,0 +1,121 @@
+"""Deepglobe: land cover in satellite images, cut into tiles as PATNet does; tested on only.
+
+Home: http://deepglobe.org; files: https://www.kaggle.com/datasets/balraj98/deepglobe-land-cover-classification-dataset
+(login). Licence: DigitalGlobe's, for research. Classes: 6; unknown land is none of them.
+
+As published: train/<id>_sat.jpg and <id>_mask.png, 803 images of 2448x2448, masks in colours (valid/, test/: none).
+Prepared: images/<id>_<row><column>.png, the tiles of a 6x6 grid, pixels unchanged; masks/<same>.png, index masks;
+splits/test.json, the tiles of each class.
+
+Rule: a tile is left out where its mask has one colour only, or one that covers less than 4.8% of it; unknown land
+counts as a colour, as in PATNet's script. PATNet's paper counts 5,666 tiles; its script is said to give 9,175.
+
+Demir, Koperski, Lindenbaum, Pang, Huang, Basu, Hughes, Tuia, Raskar: DeepGlobe 2018. CVPR Workshops 2018.
+Lei, Zhang, He, Chen, Du, Lu: Cross-Domain Few-Shot Semantic Segmentation. ECCV 2022 (the tiles).
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.benchmarks.base import Areas, Benchmark, stems, write_png
+from datamodules.errors import DatasetError
+from datamodules.prepare.source import Source
+from datamodules.progress import track
+from pmnet.segment.images import decode
+
+GRID = 6
+SMALLEST_SHARE = 0.048
+COLOURS = {
+    "unknown": (0, 0, 0),
+    "urban": (0, 255, 255),
+    "agriculture": (255, 255, 0),
+    "rangeland": (255, 0, 255),
+    "forest": (0, 255, 0),
+    "water": (0, 0, 255),
+    "barren": (255, 255, 255),
+}
+PURE = 16  # how far a channel of a mask may be from 0 or 255
+
+
+class DeepglobeDataset(Benchmark):
+    name = "deepglobe"
+    title = "Deepglobe"
+    domain = "satellite"
+    classes = tuple(COLOURS)[1:]
+    obtain = (
+        "archive.zip from https://www.kaggle.com/datasets/balraj98/deepglobe-land-cover-classification-dataset (needs "
+        "a free account): train/<id>_sat.jpg and <id>_mask.png."
+    )
+    list_rule = "every tile that shows the class"
+    wanted = ("*_sat.jpg", "*_mask.png")
+
+    def build_lists(self, areas: Areas) -> Any:
+        return {name: [tile for tile, found in areas.items() if c in found] for c, name in enumerate(self.classes)}
+
+    def image_path(self, name: str) -> Path:
+        return self.root / "images" / f"{name}.png"
+
+    def mask_path(self, name: str) -> Path:
+        return self.root / "masks" / f"{name}.png"
+
+    def found(self) -> list[str]:
+        return stems(self.root / "masks", ".png")
+
+    @classmethod
+    def fill(cls, source: Source, ready: Path) -> list[str]:
+        masks = {p.name.removesuffix("_mask.png"): p for p in sorted(source.files("_mask.png"))}
+        if not masks:
+            raise DatasetError(f"No <id>_mask.png in {', '.join(map(str, source.paths))}. Wanted: {cls.obtain}")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = pool.map(partial(cut, ready), *zip(*sorted(masks.items()), strict=True))
+            kept = sum(track(jobs, "Cutting tiles", len(masks)))
+        return [
+            f"{len(masks)} images cut into {GRID}x{GRID} tiles",
+            f"tiles of one colour, or with a colour under {SMALLEST_SHARE:.1%}, left out (unknown is a colour)",
+            f"{kept} tiles kept of {len(masks) * GRID**2}; PATNet's paper: 5,666",
+        ]
+
+
+def cut(ready: Path, number: str, mask_path: Path) -> int:
+    """Writes the tiles of an image that pass the rule; returns their number. Raises DatasetError."""
+    image_path = mask_path.with_name(f"{number}_sat.jpg")
+    image, index = np.array(decode(image_path).convert("RGB")), index_of(mask_path)
+    if image.shape[:2] != index.shape:
+        raise DatasetError(f"{image_path} and {mask_path} differ in size: {image.shape[:2]} and {index.shape}.")
+    height, width = index.shape
+    rows, columns = [[i * side // GRID for i in range(GRID + 1)] for side in (height, width)]
+    kept = 0
+    for i in range(GRID):
+        for j in range(GRID):
+            tile = np.s_[rows[i] : rows[i + 1], columns[j] : columns[j + 1]]
+            shares = np.bincount(index[tile].ravel()) / index[tile].size
+            shares = shares[shares > 0]
+            if len(shares) > 1 and shares.min() > SMALLEST_SHARE:
+                write_png(image[tile], ready / "images" / f"{number}_{i}{j}.png")
+                write_png(index[tile], ready / "masks" / f"{number}_{i}{j}.png")
+                kept += 1
+    return kept
+
+
+def index_of(path: Path) -> np.ndarray:
+    """(H, W) uint8: class id + 1, 0 = unknown land. Raises DatasetError at a colour that is none of the seven."""
+    rgb = np.array(decode(path).convert("RGB")).astype(np.int16)
+    high = rgb >= 128
+    code = high @ np.array([4, 2, 1])
+    place = np.full(8, 255, np.uint8)
+    for value, colour in enumerate(COLOURS.values()):
+        place[(np.array(colour) >= 128) @ np.array([4, 2, 1])] = value
+    index = place[code]
+    strange = (index == 255) | (np.abs(rgb - 255 * high).max(axis=2) > PURE)
+    if strange.any():
+        y, x = np.argwhere(strange)[0]
+        raise DatasetError(
+            f"{path} has the colour {tuple(rgb[y, x].tolist())} at row {y}, column {x} ({strange.sum()} such pixels). "
+            f"Known: {', '.join(f'{name} {colour}' for name, colour in COLOURS.items())}."
+        )
+    return index

@@ -1,0 +1,64 @@
+"""SUIM: underwater scenes; tested on only.
+
+Home: https://irvlab.cs.umn.edu/resources/suim-dataset. Licence: none was found; for research.
+Classes: 8, of which one is the water itself. 1,525 images to train and validate, 110 to test; all given are used.
+
+As published: train_val/images/*.jpg, train_val/masks/*.bmp; TEST/images, TEST/masks. A colour is a bit a channel.
+Prepared: images/*.jpg, masks/*.bmp; splits/test.json, for each class the images where it covers 2,048 pixels.
+
+Islam, Edge, Xiao, Luo, Mehtaz, Morse, Enan, Sattar: Semantic Segmentation of Underwater Imagery. IROS 2020.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.benchmarks.base import Benchmark, stems
+from datamodules.errors import DatasetError
+from datamodules.prepare.source import Source, place_all
+from pmnet.segment.images import decode
+
+# In the order of the code red-green-blue, 000 to 111
+CLASSES = "background|divers|plants|wrecks|robots|reefs|fish|sea-floor".split("|")
+
+
+class SUIMDataset(Benchmark):
+    name = "suim"
+    title = "SUIM"
+    domain = "underwater"
+    classes = tuple(CLASSES)
+    obtain = "train_val.zip and TEST.zip, by the link at https://irvlab.cs.umn.edu/resources/suim-dataset."
+    wanted = ("*images/*.jpg", "*masks/*.bmp")
+
+    def image_path(self, name: str) -> Path:
+        return self.root / "images" / f"{name}.jpg"
+
+    def mask_path(self, name: str) -> Path:
+        return self.root / "masks" / f"{name}.bmp"
+
+    def found(self) -> list[str]:
+        return stems(self.root / "masks", ".bmp")
+
+    def read_index(self, name: str) -> Tensor:
+        rgb = np.array(decode(self.mask_path(name)).convert("RGB"))
+        return torch.from_numpy(((rgb >= 128) @ np.array([4, 2, 1]) + 1).astype(np.uint8))
+
+    @classmethod
+    def fill(cls, source: Source, ready: Path) -> list[str]:
+        notes = []
+        for images in source.folders("images", ".jpg"):
+            masks = images.with_name("masks")
+            names = [name for name in stems(images, ".jpg") if (masks / f"{name}.bmp").is_file()]
+            place_all((images / f"{name}.jpg" for name in names), ready / "images", "images")
+            place_all((masks / f"{name}.bmp" for name in names), ready / "masks", "masks")
+            alone = sorted(set(stems(images, ".jpg")) - set(names))
+            notes.append(
+                f"{images.parent.name}: {len(names)} pairs" + (f"; without a mask: {', '.join(alone)}" if alone else "")
+            )
+        if not any((ready / "masks").glob("*.bmp")):
+            raise DatasetError(
+                f"No images/*.jpg with masks/*.bmp in {', '.join(map(str, source.paths))}. Wanted: {cls.obtain}"
+            )
+        return notes

@@ -1,0 +1,27 @@
+"""Writes a list of test episodes, rows [query, [supports], class], without opening an image.
+
+python -m datamodules.episodes dataset=pascal fold=0 shot=5 dataset.splits=/path/to/lists > episodes.json
+"""
+
+import argparse
+import json
+import sys
+
+from datamodules.command import config, one_message, test_episodes
+from datamodules.episodes.sampler import list_hash
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m datamodules.episodes", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="as run.py takes them; episodes.test=N, episodes.repeats=false")
+    overrides = parser.parse_args().overrides
+    with one_message():
+        dataset, episodes = test_episodes(config(overrides))
+    specs = episodes.specs
+    assert isinstance(specs, list)
+    print(json.dumps([spec.row() for spec in specs], separators=(",", ":")))
+    print(f"{len(specs)} episodes of {dataset.name} ({dataset.splits}), sha256 {list_hash(specs)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Images of one's own, and synthetic ones."""

@@ -1,0 +1,1 @@
+"""One run: train, test, and write down what came out."""

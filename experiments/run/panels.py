@@ -1,0 +1,67 @@
+"""Pictures of test episodes: supports with their masks, query, prediction, truth, IoU."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from datamodules import Episode, FewShotDataModule
+from datamodules.show import over
+from pmnet.training.module import FewShotModule, TestResult
+
+matplotlib.use("Agg")
+
+
+def draw(folder: Path, data: FewShotDataModule, module: FewShotModule, result: TestResult, each: int) -> None:
+    """Writes `best-*.png`, `worst-*.png` and `random-*.png`, `each` of a kind, and `overview.png` with all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    by_iou = sorted(result.episode_iou, key=lambda i: (result.episode_iou[i], i))
+    random = np.random.default_rng(0).permutation(by_iou)[:each].tolist()
+    chosen = {"best": by_iou[::-1][:each], "random": random, "worst": by_iou[:each]}
+    episodes = data.test_dataset()
+    rows = []
+    for kind, indices in chosen.items():
+        for rank, index in enumerate(indices):
+            episode = episodes[index]
+            pred = predict(module, episode)
+            name = data.target.classes[int(episode.class_id)]
+            row = (f"{kind}: {name}, IoU {result.episode_iou[index]:.0f}", episode, pred)
+            figure([row]).savefig(folder / f"{kind}-{rank}-episode{index}.png", dpi=80, bbox_inches="tight")
+            rows.append(row)
+    if rows:
+        figure(rows).savefig(folder / "overview.png", dpi=60, bbox_inches="tight")
+
+
+@torch.no_grad()
+def predict(module: FewShotModule, episode: Episode) -> Tensor:
+    """(H, W) bool on the CPU."""
+    batch = Episode.collate([episode])
+    device = next(module.parameters()).device
+    module.eval()
+    logits = module.network(batch.query.to(device), batch.support.to(device), batch.support_masks.to(device))
+    return logits.argmax(dim=1)[0].bool().cpu()
+
+
+def figure(rows: list[tuple[str, Episode, Tensor]]) -> Figure:
+    """One row an episode; at most five supports are shown."""
+    shown = min(rows[0][1].support.shape[0], 5)
+    columns = [f"support {k + 1}" for k in range(shown)] + ["query", "prediction", "truth"]
+    height, width = rows[0][1].query.shape[-2:]
+    fig = Figure(figsize=(2.2 * len(columns), (2.1 * height / width + 0.5) * len(rows)))
+    axes = fig.subplots(len(rows), len(columns), squeeze=False)
+    for (label, episode, pred), line in zip(rows, axes, strict=True):
+        pictures = [over(episode.support[k], episode.support_masks[k] == 1) for k in range(shown)]
+        pictures += [over(episode.query, None), over(episode.query, pred), over(episode.query, episode.query_mask == 1)]
+        for axis, picture, column in zip(line, pictures, columns, strict=True):
+            axis.imshow(picture)
+            axis.set_title(column, fontsize=9)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_xlabel(label, fontsize=9, loc="left")
+    fig.tight_layout()
+    return fig

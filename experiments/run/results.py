@@ -1,0 +1,188 @@
+"""What a run leaves: results.json with all that is needed to trust and repeat its numbers, tables to read."""
+
+import csv
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from datamodules import FewShotDataModule
+from experiments.files import read_json
+from pmnet.methods.pmnet.network import PMNet
+from pmnet.training.module import TestResult
+
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy", "pillow")
+
+
+def make(
+    cfg: DictConfig,
+    data: FewShotDataModule,
+    network: PMNet,
+    trainer: L.Trainer,
+    result: TestResult,
+    untrained: TestResult | None,
+    ckpt: Path,
+    checkpoint: dict[str, Any],
+    clock: dict[str, float],
+) -> dict[str, Any]:
+    """The record of a run, as plain values."""
+    names, trained, run = data.test_classes, checkpoint["record"], ckpt.absolute().parent.parent
+    choices = HydraConfig.get().runtime.choices
+    baselines = {"all_foreground": scores(result.all_foreground, names)}
+    if untrained:
+        baselines["untrained"] = scores(untrained.scores, names)
+    return {
+        "mode": cfg.mode,
+        "setting": {"target": data.target.name}
+        | {g: choices[g] for g in ("task", "dataset", "backbone", "model")}
+        | {"fold": cfg.fold.index, "folds": 0 if cfg.fold.index == "all" else len(data.dataset.folds)}
+        | {"shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed},
+        "test": scores(result.scores, names),
+        "baselines": baselines,
+        "episodes": data.provenance,
+        "backbone": network.backbone.provenance.as_dict(),
+        "parameters": {"learnable": learnable(network), "frozen": frozen(network)},
+        "checkpoint": {
+            "path": str(ckpt),
+            "selection": selection(trained["validation"], data)
+            if ckpt.name == "best.ckpt" and "validation" in trained
+            else None,
+            "val_miou": round(val_miou(checkpoint), 4) if ckpt.name == "best.ckpt" else None,
+        },
+        "training": {"run": str(run), "commit": read_json(run / "training.json").get("commit")}
+        | {"epochs": checkpoint["epoch"] + 1, "steps": checkpoint["global_step"], **trained},
+        "tested_classes_seen_in_training": data.seen(trained["base_classes"], trained["dataset"]),
+        "seconds": {
+            "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
+            "test": round(clock["end"] - clock["test"], 1),
+            "all": round(clock["end"] - clock["start"], 1),
+        },
+        "device": str(trainer.strategy.root_device),
+        "processes": trainer.world_size,
+    } | origin(cfg)
+
+
+def selection(validation: dict[str, Any], data: FewShotDataModule) -> str:
+    """How the best epoch was chosen."""
+    best = f"the epoch with the best mIoU on {validation['episodes']} validation episodes of {validation['dataset']}"
+    if (validation["dataset"], validation["classes"]) == (data.target.name, data.test_classes):
+        return f"{best}, which are the head of the test list, on the same novel classes (the field's convention)"
+    return f"{best}, on other classes than those of the test"
+
+
+def val_miou(checkpoint: dict[str, Any]) -> float:
+    """The best validation mIoU in percent of the training up to a checkpoint; NaN without a validation."""
+    states = [s for s in checkpoint["callbacks"].values() if s.get("monitor") == "val/miou"]
+    best = states[0]["best_model_score"] if states else None
+    return float("nan") if best is None else float(best)
+
+
+def scores(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    per_class = {name: round(iou, 4) for name, iou in zip(names, raw["iou_per_class"], strict=True)}
+    return {"miou": round(raw["miou"], 4), "fb_iou": round(raw["fb_iou"], 4), "iou_per_class": per_class}
+
+
+def origin(cfg: DictConfig) -> dict[str, Any]:
+    """What code and which config made a result."""
+    return {
+        "command": sys.argv,
+        "versions": {"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
+        "commit": commit(),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+
+
+def commit() -> str | None:
+    """Git commit of this code, with "+changes" where files differ from it; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        where = Path(__file__).parents[2]
+        return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def learnable(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def frozen(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if not p.requires_grad)
+
+
+def write_episodes(path: Path, data: FewShotDataModule, result: TestResult) -> None:
+    """A row for each test episode: place, class, query, supports, IoU."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "class", "query", "supports", "iou"])
+        for index, iou in sorted(result.episode_iou.items()):
+            spec = data.test_specs[index]
+            name = data.target.classes[spec.class_id]
+            writer.writerow([index, name, spec.query, json.dumps(spec.supports), f"{iou:.2f}"])
+
+
+def print_setting(cfg: DictConfig, data: FewShotDataModule, network: PMNet) -> None:
+    """What is about to run, with learnable and frozen parameters apart."""
+    made = network.backbone.provenance
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for what, dataset in (("dataset", data.dataset), ("validation", data.validation), ("target", data.target)):
+        if what == "dataset" or dataset is not data.dataset:
+            fold = f", fold {data.fold}" if what == "dataset" else ""
+            lists = f" ({dataset.splits})" if cfg.mode == "train" or dataset is data.target else ""
+            table.add_row(what, escape(f"{dataset.name}{fold}{lists}"))
+    table.add_row("base classes", shorten(data.base_classes))
+    table.add_row("tested classes", shorten(data.test_classes))
+    seen = data.seen(data.base_classes, data.dataset.name)
+    if seen:
+        table.add_row("of those, trained on", shorten(seen))
+    table.add_row("backbone", escape(f"{made.backbone}, weights {made.weights} ({made.source})"))
+    table.add_row("parameters", f"{learnable(network):,} learnable, {frozen(network):,} frozen")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    seen = data.seen(made.trained_on.get("classes", ()), made.trained_on.get("dataset", ""))
+    if seen:
+        warning = "[bold yellow]The backbone was trained on novel classes of this fold:[/] "
+        console.print(warning + escape(", ".join(seen)))
+
+
+def shorten(names: list[str], most: int = 12) -> str:
+    return escape(f"{len(names)}: " + ", ".join(names[:most]) + (", ..." if len(names) > most else ""))
+
+
+def print_scores(record: dict[str, Any], folder: Path) -> None:
+    """The table at the end of a run."""
+    setting, test = record["setting"], record["test"]
+    columns = {"IoU": test} | {name.replace("_", " "): s for name, s in record["baselines"].items()}
+    episodes = record["episodes"]["test_episodes"]
+    between = setting["dataset"] + (
+        f" -> {setting['target']}" if record["episodes"]["target"] != record["episodes"]["dataset"] else ""
+    )
+    table = Table(title=f"{between}, fold {setting['fold']}, {setting['shot']}-shot, {episodes} episodes")
+    table.add_column("class")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name in test["iou_per_class"]:
+        table.add_row(escape(name), *(f"{c['iou_per_class'][name]:.1f}" for c in columns.values()))
+    table.add_section()
+    table.add_row("mIoU", *(f"[bold]{c['miou']:.1f}[/]" for c in columns.values()))
+    table.add_row("FB-IoU", *(f"{c['fb_iou']:.1f}" for c in columns.values()))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    seen = record["tested_classes_seen_in_training"]
+    if seen:
+        console.print("[bold yellow]Tested classes that the network was trained on:[/] " + escape(", ".join(seen)))
+    places = f"Results   {folder / 'results.json'}\nPictures  {folder / 'predictions'}"
+    console.print(escape(places), highlight=False)

@@ -1,0 +1,248 @@
+"""The HSFM's three long steps in training, with little memory. Axis letters: see `affinity.py`.
+
+All but the first begin with relu(norm(z)). Autograd would keep z, its rectified form and what the step makes of that;
+here z alone is kept, and the rest is made again, a few pairs at a time. In names of tensors here N counts pairs times
+heads, and P the positions of an affinity, hq*wq*hs*ws.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from pmnet.methods.pmnet.affinity import HEADS
+
+ON_CPU, ELSEWHERE = 2**21, 2**25  # positions of the affinities that are worked on at a time
+Sizes = tuple[int, int, int, int]  # hq, wq, hs, ws
+
+
+def at_a_time(device: torch.device) -> int:
+    """On a CPU as few as fill its cores; an accelerator has little to do with so few, and 64 bytes for each of many."""
+    return ON_CPU if device.type == "cpu" else ELSEWHERE
+
+
+def pairs_at_a_time(positions: int, device: torch.device) -> int:
+    return max(1, at_a_time(device) // (HEADS * positions))
+
+
+def portions(x_NPC: Tensor) -> Iterator[slice]:
+    half = at_a_time(x_NPC.device) // x_NPC.shape[1] // 4
+    step = max(2, 2 * half)  # even: of a batch of one, PyTorch takes a slow convolution
+    return (slice(i, i + step) for i in range(0, len(x_NPC), step))
+
+
+class Rectified(NamedTuple):
+    """relu(norm(z)), where and when it is needed.
+
+    Attributes:
+        z: (N, P, C).
+        mean, rstd: those that the norm takes, (N, 1, C), no constants but functions of z.
+        weight, bias: the norm's, (C,).
+        groups: of a GroupNorm; 0 for a BatchNorm.
+    """
+
+    z: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    bias: Tensor
+    groups: int
+
+    def part(self, i: slice) -> Tensor:
+        scale = self.rstd[i] * self.weight
+        return torch.addcmul(self.bias - self.mean[i] * scale, self.z[i], scale).relu_().to(self.z.dtype)
+
+    def backward(self, gradient: Callable[[slice, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of z, weight and bias.
+
+        Args:
+            gradient: for a portion and its rectified values, the gradient of these.
+        """
+        grad_NPC = torch.empty_like(self.z)
+        sums, sums_of_z = torch.empty_like(self.mean), torch.empty_like(self.mean)
+        for i in portions(self.z):
+            y = self.part(i)
+            part = torch.ops.aten.threshold_backward.grad_input(gradient(i, y), y, 0, grad_input=grad_NPC[i])
+            sums[i] = part.sum(1, keepdim=True, dtype=sums.dtype)
+            sums_of_z[i] = ((self.z[i] - self.mean[i]) * part).sum(1, keepdim=True, dtype=sums.dtype) * self.rstd[i]
+        of_mean, of_z = (average(self.weight * s, self.groups) / self.z.shape[1] for s in (sums, sums_of_z))
+        slope = -self.rstd.square() * of_z
+        scale, shift = self.rstd * self.weight, -self.rstd * of_mean - slope * self.mean
+        for i in portions(self.z):  # rounded once, at the end
+            grad_NPC[i] = torch.addcmul(torch.addcmul(shift[i], grad_NPC[i], scale[i]), self.z[i], slope[i])
+        return grad_NPC, sums_of_z.sum((0, 1)), sums.sum((0, 1))
+
+
+def average(x_N1C: Tensor, groups: int) -> Tensor:
+    """Over what is normalised together: all of the batch, or the channels of a group."""
+    if not groups:
+        return x_N1C.mean(0, keepdim=True).expand_as(x_N1C)
+    grouped = x_N1C.unflatten(2, (groups, -1))
+    return grouped.mean(3, keepdim=True).expand_as(grouped).flatten(2)
+
+
+@torch.no_grad()
+def statistics(norm: nn.Module, z_NPC: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and 1 / standard deviation of a batch, (N, 1, C) float32 or more, and the groups; BatchNorm takes note."""
+    groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 0
+    exact = torch.promote_types(z_NPC.dtype, torch.float32)
+    mean = average(z_NPC.mean(1, keepdim=True, dtype=exact), groups)
+    squares = [(z_NPC[i] - mean[i]).square_().mean(1, keepdim=True, dtype=exact) for i in portions(z_NPC)]
+    var = average(torch.cat(squares), groups)
+    if isinstance(norm, nn.BatchNorm3d):
+        count = z_NPC[..., 0].numel()
+        for running, new in ((norm.running_mean, mean[0, 0]), (norm.running_var, var[0, 0] * count / (count - 1))):
+            running.lerp_(new.to(running.dtype), norm.momentum)  # type: ignore[union-attr, arg-type]
+        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+    return mean, torch.rsqrt(var + norm.eps), groups  # type: ignore[operator]
+
+
+class Convolved(Function):
+    """S through both convolutions of a B3DConv, summed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, S: Tensor, over_query: Tensor, over_support: Tensor, shift: Tensor, sizes: Sizes
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(S, over_query, over_support)
+        ctx.sizes = sizes
+        return convolved(S, lambda i: S[i], over_query, over_support, shift, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        S, *kernels = ctx.saved_tensors
+        of_S = torch.empty_like(S) if ctx.needs_input_grad[0] else None
+        backward = ConvolvedBackward(grad, kernels, ctx.sizes)
+        for i in portions(S):
+            of_part = backward(i, S[i], of_S is not None)
+            if of_S is not None:
+                of_S[i] = of_part
+        return of_S, *backward.of_kernels, grad.sum((0, 1)), None
+
+
+class RectifiedAndConvolved(Function):
+    """relu(norm(z)) through both convolutions of a B3DConv, summed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+        over_query: Tensor, over_support: Tensor, shift: Tensor, groups: int, sizes: Sizes,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(z, mean, rstd, weight, bias, over_query, over_support)
+        ctx.groups, ctx.sizes = groups, sizes
+        rectified = Rectified(z, mean, rstd, weight, bias, groups)
+        return convolved(z, rectified.part, over_query, over_support, shift, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, mean, rstd, weight, bias, *kernels = ctx.saved_tensors
+        backward = ConvolvedBackward(grad, kernels, ctx.sizes)
+        of_z, of_weight, of_bias = Rectified(z, mean, rstd, weight, bias, ctx.groups).backward(backward)
+        return of_z, None, None, of_weight, of_bias, *backward.of_kernels, grad.sum((0, 1)), None, None
+
+
+class Filtered(Function):
+    """The share of the softmax over support pixels of relu(norm(z)) that is on the mask, and its log-denominator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+        mask_NS: Tensor, groups: int, sizes: Sizes,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        rectified = Rectified(z, mean, rstd, weight, bias, groups)
+        parts = [filtered(by_support_pixel(rectified.part(i), sizes), mask_NS[i]) for i in portions(z)]
+        share, logsum = (torch.cat(x) for x in zip(*parts, strict=True))
+        ctx.save_for_backward(z, mean, rstd, weight, bias, mask_NS, share)
+        ctx.groups, ctx.sizes = groups, sizes
+        return share, logsum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_share: Tensor, of_logsum: Tensor) -> tuple[Tensor | None, ...]:
+        z, mean, rstd, weight, bias, mask_NS, share_NQC = ctx.saved_tensors
+
+        def gradient(i: slice, y: Tensor) -> Tensor:
+            E_NQSC = by_support_pixel(y, ctx.sizes)
+            above = torch.sub(mask_NS[i, None, :, None], share_NQC[i, :, None], out=torch.empty_like(E_NQSC))
+            total = above.mul_(of_share[i, :, None]).add_(of_logsum[i, :, None])
+            return total.mul_(E_NQSC.softmax(dim=2)).flatten(1, 2)
+
+        of_z, of_weight, of_bias = Rectified(z, mean, rstd, weight, bias, ctx.groups).backward(gradient)
+        return of_z, None, None, of_weight, of_bias, None, None, None
+
+
+def convolved(
+    like: Tensor, part: Callable[[slice], Tensor], over_query: Tensor, over_support: Tensor, shift: Tensor, sizes: Sizes
+) -> Tensor:
+    """Both convolutions of what `part` gives for a portion of `like`, summed: (N, P, C).
+
+    It has some bytes to spare, so that a gradient of its size fits where it was: PyTorch wants aligned memory, which
+    glibc before 2.38 looks for in blocks that are larger than asked for.
+    """
+    shape = (*like.shape[:2], len(shift))
+    out = like.new_empty(math.prod(shape) + 1024)[:-1024].view(shape)
+    k = over_query.shape[2] // 2
+    for i in portions(like):
+        y_query, y_support = planes(part(i), sizes)
+        out_part = out[i]
+        out_part.copy_(F.conv3d(y_query, over_query, shift, padding=(k, k, 0)).movedim(1, -1).reshape(out_part.shape))
+        out_part += F.conv3d(y_support, over_support, padding=(0, k, k)).movedim(1, -1).reshape(out_part.shape)
+    return out
+
+
+class ConvolvedBackward:
+    """The way back through `convolved`.
+
+    Args:
+        grad: of its result.
+        kernels: of both convolutions.
+    """
+
+    def __init__(self, grad: Tensor, kernels: list[Tensor], sizes: Sizes) -> None:
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        self.grad, self.kernels, self.sizes = grad, kernels, sizes
+        self.sums = [torch.zeros_like(kernel, dtype=exact) for kernel in kernels]
+
+    def __call__(self, i: slice, y: Tensor, wanted: bool = True) -> Tensor:
+        """The gradient of a portion's input y, if wanted (else empty); those of the kernels are added up."""
+        k = self.kernels[0].shape[2] // 2
+        sides = zip(planes(self.grad[i], self.sizes), planes(y, self.sizes), strict=True)
+        of_y = []
+        for (g, x), kernel, total, pad in zip(sides, self.kernels, self.sums, ((k, k, 0), (0, k, k)), strict=True):
+            of_x, of_kernel, _ = torch.ops.aten.convolution_backward(
+                g, x, kernel, None, (1, 1, 1), pad, (1, 1, 1), False, (0, 0, 0), 1, (wanted, True, False)
+            )
+            total += of_kernel
+            of_y.append(of_x.movedim(1, -1).reshape(y.shape) if wanted else y.new_empty(0))
+        return of_y[0].add_(of_y[1])
+
+    @property
+    def of_kernels(self) -> list[Tensor]:
+        return [total.to(kernel.dtype) for total, kernel in zip(self.sums, self.kernels, strict=True)]
+
+
+def planes(x_NPC: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Two views of (N, P, C): (N, C, hq, wq, S) and (N, C, Q, hs, ws)."""
+    hq, wq, hs, ws = sizes
+    x = x_NPC.movedim(2, 1)
+    return x.unflatten(2, (hq, wq, hs * ws)), x.unflatten(2, (hq * wq, hs, ws))
+
+
+def by_support_pixel(x_NPC: Tensor, sizes: Sizes) -> Tensor:
+    """(N, P, C) -> (N, Q, S, C)."""
+    return x_NPC.unflatten(1, (sizes[0] * sizes[1], -1))
+
+
+def filtered(E_NQSC: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the softmax over S: what is on the mask, and the logarithm of the denominator; (N, Q, C) each."""
+    softmax = E_NQSC.softmax(dim=2)
+    share = (softmax * mask_NS[:, None, :, None]).sum(dim=2)
+    peak = softmax.max(dim=2, keepdim=True)  # exp(its value - logsum); torch.logsumexp takes twice as long
+    return share, (E_NQSC.gather(2, peak.indices) - peak.values.log()).squeeze(2)

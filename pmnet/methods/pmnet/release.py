@@ -1,0 +1,80 @@
+"""Checkpoints of the authors' program (github.com/chenhao-zju/PMNet), read into `PMNetHead`."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from pmnet.errors import CheckpointError
+from pmnet.methods.pmnet.hsfm import Norm
+from pmnet.methods.pmnet.network import PMNetHead
+
+STAGE = {"2": "layer3", "3": "layer4"}
+CONV1 = {"conv1": "a", "conv23": "b_wide", "conv21": "b_point", "conv33": "c_wide", "conv31": "c_point", "conv4": "out"}
+CONV2 = {"conv11": "x1", "conv13": "x2", "conv21": "y1", "conv23": "y2.0", "conv33": "y2.1", "conv4": "out"}
+ROOTS = r"(?:^|\.)((?:conv_4d_blocks|linears|conv_layer|conv4|conv5|mixer[123])\..*)"
+
+
+def head_from_release(state_dict: dict[str, Tensor]) -> PMNetHead:
+    """Builds the head from the release's names, in eval mode.
+
+    Block counts, the kind of norm, the low-level channels and the presence of linear heads are found out
+    from the tensors. Prefixes such as `module.model.` are tolerated; the backbone's own tensors and the
+    position codes, which are constants, are passed over.
+
+    Raises:
+        CheckpointError: a tensor of the head is missing, unknown, or of an unexpected shape.
+    """
+    release = {}
+    for key, value in state_dict.items():
+        found = re.search(ROOTS, key)
+        if found and "feature_extractor" not in key and "backbone" not in key.split("."):
+            release[found.group(1)] = torch.as_tensor(value)
+    try:
+        blocks = {STAGE[i]: release[f"conv_4d_blocks.{i}.0.conv1.weight"].shape[1] for i in STAGE}
+        low = release["mixer1.0.weight"].shape[1] - 64  # layer1 and layer2: one part and two parts of it
+    except KeyError as error:
+        raise CheckpointError(f"Not a checkpoint of the authors' program: no tensor {error}.") from error
+    linear_heads = "linears.2.0.weight" in release
+    layer3 = release["linears.2.0.weight"].shape[0] if linear_heads else 4 * low // 3
+    channels = {"layer1": low // 3, "layer2": 2 * low // 3, "layer3": layer3, "layer4": 2 * layer3}
+    norm: Norm = "batch" if "conv_4d_blocks.2.1.running_mean" in release else "group"
+    try:
+        head = PMNetHead(channels, blocks, norm=norm, linear_heads=linear_heads)
+    except ValueError as error:
+        raise CheckpointError(f"mixer1.0.weight has a shape that no backbone gives: {error}.") from error
+
+    own = head.state_dict()
+    renamed = {rename(key): value for key, value in release.items()}
+    for key, value in renamed.items():
+        if key.endswith("query_conv.weight") and value.ndim == 5:  # release: (o, i, 1, k, k) over permuted axes
+            renamed[key] = value.movedim(2, 4)
+    missing, unknown = sorted(own.keys() - renamed.keys()), sorted(renamed.keys() - own.keys())
+    wrong = [k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape]
+    if missing or unknown or wrong:
+        raise CheckpointError(
+            "Not the head of the authors' PMNet or DAM: "
+            f"missing {missing[:3]}, unknown {unknown[:3]}, of another shape {wrong[:3]}."
+        )
+    head.load_state_dict(renamed)
+    return head.eval()
+
+
+def rename(key: str) -> str:
+    """The name in `PMNetHead` of a tensor of the release."""
+    root, *path = key.split(".")
+    if root == "conv_4d_blocks":  # <stage>.<0 conv, 1 norm, 3 conv, 4 norm>...
+        stage, step, *rest = path
+        part = "norm." if step in "14" else ""
+        rest = [{"conv1": "query_conv", "conv2": "support_conv"}.get(name, name) for name in rest]
+        return f"hsfm.{STAGE.get(stage, stage)}.b3dconvs.{int(step) // 3}.{part}{'.'.join(rest)}"
+    if root == "linears":  # <stage>.<0 query, 1 support>...
+        stage, side, *rest = path
+        return f"affinity.{STAGE.get(stage, stage)}.{('query', 'support')[int(side)]}_linear.{'.'.join(rest)}"
+    if root == "conv_layer":
+        stage, conv, *rest = path
+        return f"decoder.conv1_{int(stage) + 1}.{CONV1.get(conv, conv)}.{'.'.join(rest)}"
+    if root in ("conv4", "conv5"):
+        conv, *rest = path
+        return f"decoder.conv2_{'a' if root == 'conv4' else 'b'}.{CONV2.get(conv, conv)}.{'.'.join(rest)}"
+    return f"decoder.{key}"

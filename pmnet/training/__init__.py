@@ -1,0 +1,1 @@
+"""Training: the LightningModule, pretraining of backbones, metrics. Needs lightning and torchmetrics."""

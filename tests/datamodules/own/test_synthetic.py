@@ -1,0 +1,124 @@
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from datamodules.own.synthetic import CLASSES, SyntheticDataset, draw
+from pmnet.training.metrics import FewShotIoU
+
+ROOT = Path(__file__).parents[3]
+SIZE = 96
+
+
+@pytest.fixture(scope="module")
+def drawn() -> SyntheticDataset:
+    return SyntheticDataset(size=SIZE, images_per_class=20, seed=0)
+
+
+def all_names(dataset, class_id):
+    return [*dataset.images_of(class_id, "train"), *dataset.images_of(class_id, "test")]
+
+
+def digest() -> str:
+    """Of an image and a mask of each class."""
+    dataset = SyntheticDataset(size=64, images_per_class=2, seed=3)
+    sha = hashlib.sha256()
+    for class_id in range(len(CLASSES)):
+        for name in (dataset.images_of(class_id, "train")[1], dataset.images_of(class_id, "test")[0]):
+            sha.update(dataset.read_image(name).numpy().tobytes() + dataset.read_index(name).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def test_another_process_draws_the_same():
+    code = "from tests.datamodules.own.test_synthetic import digest; print(digest())"
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert other.returncode == 0, other.stderr
+    assert other.stdout.strip() == digest()
+
+
+def test_random_state_outside_changes_nothing(drawn):
+    name = drawn.images_of(4, "test")[3]
+    before = drawn.read_image(name)
+    draw.cache_clear()
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert torch.equal(drawn.read_image(name), before)
+
+
+def test_changing_what_was_read_does_not_change_what_is_read_next(drawn):
+    name = drawn.images_of(0, "train")[0]
+    image, index = drawn.read_image(name), drawn.read_index(name)
+    kept = image.clone(), index.clone()
+    image.zero_()
+    index.zero_()
+    assert torch.equal(drawn.read_image(name), kept[0])
+    assert torch.equal(drawn.read_index(name), kept[1])
+
+
+def test_shapes_dtypes_and_range(drawn):
+    name = drawn.images_of(7, "train")[0]
+    image, index = drawn.read_image(name), drawn.read_index(name)
+    assert image.shape == (3, SIZE, SIZE)
+    assert index.shape == (SIZE, SIZE)
+    assert image.dtype == index.dtype == torch.uint8
+    assert image.max() - image.min() > 80
+
+
+def test_20_classes_in_4_folds_of_5():
+    assert len(set(CLASSES)) == 20
+    assert [list(f) for f in SyntheticDataset.folds] == [list(range(i, i + 5)) for i in (0, 5, 10, 15)]
+
+
+def test_another_seed_draws_other_images(drawn):
+    other = SyntheticDataset(size=SIZE, images_per_class=20, seed=1)
+    for class_id in range(0, 20, 7):
+        name = drawn.images_of(class_id, "test")[0]
+        assert not torch.equal(drawn.read_image(name), other.read_image(name))
+        assert not torch.equal(drawn.read_index(name), other.read_index(name))
+
+
+def test_all_images_of_a_class_differ_in_training_and_test(drawn):
+    names = all_names(drawn, 6)
+    assert len(names) == len(set(names)) == 40
+    assert len({drawn.read_image(n).numpy().tobytes() for n in names}) == 40
+    assert len({drawn.read_index(n).numpy().tobytes() for n in names}) == 40
+
+
+@pytest.mark.parametrize("class_id", range(20))
+def test_image_shows_its_class_and_only_classes_of_its_fold(drawn, class_id):
+    fold = next(f for f in drawn.folds if class_id in f)
+    shown = set()
+    for name in all_names(drawn, class_id):
+        index = drawn.read_index(name)
+        values = set(index.unique().tolist())
+        assert class_id + 1 in values
+        assert values <= {0, *(c + 1 for c in fold)}
+        assert 0.005 < (index == class_id + 1).float().mean() < 0.6
+        shown |= values
+    assert shown == {0, *(c + 1 for c in fold)}  # so that the above was put to the test
+
+
+def all_foreground(index):
+    return torch.ones_like(index)
+
+
+def class_of_the_biggest_object(index):
+    parts = [(np.bincount(ndimage.label(index == v)[0].flat)[1:].max(), v) for v in np.unique(index) if v]
+    return (index == int(max(parts)[1])).int()
+
+
+@pytest.mark.parametrize("guess", [all_foreground, class_of_the_biggest_object])
+def test_guessing_without_the_supports_scores_low(drawn, guess):
+    metric = FewShotIoU(drawn.novel_classes(0))
+    for class_id in drawn.novel_classes(0):
+        for name in drawn.images_of(class_id, "test"):
+            index = drawn.read_index(name)
+            metric.update(guess(index)[None], (index == class_id + 1)[None], torch.tensor([class_id]))
+    assert 2 < metric.compute()["miou"] < 25

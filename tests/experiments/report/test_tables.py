@@ -1,0 +1,109 @@
+"""Every experiment and every task, from the publishers' files to results.json, on tiny benchmarks."""
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from datamodules.prepare.ready import prepare
+from tests.conftest import ROOT, results, run
+from tests.data import fss
+from tests.datamodules.benchmarks.test_benchmarks import PACKAGES
+
+TABLES = sorted(p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml") if p.stem.startswith(("table", "fss")))
+TINY = (
+    "backbone.weights=none trainer=cpu trainer.max_epochs=1 trainer.limit_train_batches=2 episodes.image_size=64 "
+    "episodes.batch_size=2 episodes.val=3 episodes.test=6 episodes.workers=0 panels=1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """All seven, prepared."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    fss.write_lists(root / "splits" / "fss")
+    for name, (kind, package) in PACKAGES.items():
+        splits = root / "splits" if name == "fss" else None
+        prepare(kind, [package.write(root / "published" / name)], root / "data", splits, download=False)
+    return root / "data"
+
+
+def sweep(data: Path, folder: Path, *overrides: str) -> dict[str, dict]:
+    """Runs jobs in one process; the results by the job's folder name."""
+    done = run(*overrides, *TINY, f"data={data}", "hydra/launcher=basic", f"hydra.sweep.dir={folder}", "-m")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/results.json")}
+
+
+@pytest.mark.slow
+def test_every_table_runs(data, tmp_path):
+    found = sweep(data, tmp_path, f"experiment={','.join(TABLES)}")
+    assert len(found) == len(TABLES) == 15
+    by_table = dict(zip(TABLES, (found[k] for k in sorted(found, key=lambda k: int(k.split("-")[0]))), strict=True))
+    for name, record in by_table.items():
+        assert record["training"]["steps"] == 2, name
+        assert record["episodes"]["test_episodes"] == 6
+        assert 0 <= record["test"]["miou"] <= 100
+    table3 = by_table["table3_isic"]
+    assert len(table3["episodes"]["base_classes"]) == 20
+    assert "validation episodes of fss" in table3["checkpoint"]["selection"]
+    assert table3["setting"] | {"target": "isic", "dataset": "pascal", "task": "cross_domain"} == table3["setting"]
+    assert by_table["table2_resnet50"]["episodes"]["novel_classes"] == (
+        "aeroplane boat chair diningtable dog person".split()
+    )
+    assert by_table["table2_resnet50"]["tested_classes_seen_in_training"] == []
+    assert by_table["table4"]["episodes"]["novel_classes"] == ["abe's_flyingfish", "bus"]
+    assert by_table["table5"]["episodes"]["novel_classes"][0] == "background"
+    assert by_table["table6_no_b3dconvs"]["config"]["model"]["b3dconvs"] is False
+
+
+@pytest.mark.slow
+def test_classes_of_coco_that_pascal_shares_are_shown(data, tmp_path):
+    jobs = sweep(
+        data, tmp_path, "experiment=table2_resnet50", "target.coco_folds=standard", "backbone=small", "fold=0,3"
+    )
+    seen = {k.split("-")[0]: r["tested_classes_seen_in_training"] for k, r in jobs.items()}
+    assert seen["0"] == ["bicycle", "bird", "bottle"]
+    assert seen["1"] == ["pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+
+
+@pytest.mark.slow
+def test_trained_network_is_tested_on_another_target_and_shot(data, tmp_path):
+    """Where nothing but the other target's files are at hand."""
+    setting = ["backbone=small", *TINY]
+    first = run("task=cross_domain", "target=suim", *setting, f"data={data}", f"hydra.run.dir={tmp_path / 'first'}")
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "chest_xray").symlink_to(data / "chest_xray")
+    setting += ["mode=test", f"ckpt={tmp_path / 'first'}", "task=cross_domain", f"data={tmp_path / 'data'}"]
+    done = run(*setting, "shot=5", "target=chest_xray", f"hydra.run.dir={tmp_path / 'second'}")
+    assert done.returncode == 0, done.stderr
+    a, b = results(tmp_path / "first"), results(tmp_path / "second")
+    assert a["training"] == b["training"]
+    assert (b["setting"]["target"], b["setting"]["shot"]) == ("chest_xray", 5)
+    assert list(b["test"]["iou_per_class"]) == ["lung"]
+    assert "pascal -> chest_xray" in done.stdout
+    done = run(*setting, "fold=1", "target=chest_xray", f"hydra.run.dir={tmp_path / 'third'}")
+    assert done.returncode == 1
+    assert "was trained on pascal, 20 classes" in done.stderr
+
+
+def test_headers_give_the_command_and_the_published_numbers():
+    published = OmegaConf.load(ROOT / "experiments" / "published.yaml")
+    for name in TABLES:
+        lines = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text().splitlines()
+        assert lines[0] == "# @package _global_"
+        assert any(f"python run.py experiment={name} " in line for line in lines)
+        assert any(line.startswith("# Cost: ") for line in lines)
+        if name != "fss":
+            own = {
+                x
+                for e in published
+                if e.method == "PMNet" and e.table == int(name[5])
+                for x in [e.miou, *e.get("folds", [])]
+            }
+            said = [line.split(": ")[1] for line in lines if line.startswith("# Published mIoU")]
+            assert said
+            for numbers in said:
+                assert {float(x.strip(",")) for x in numbers.split() if x != "mean"} <= own

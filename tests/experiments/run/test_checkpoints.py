@@ -1,0 +1,116 @@
+"""What a checkpoint keeps of a training, wherever it goes on."""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from experiments.files import read_json
+from experiments.run.callbacks import StepSeed
+from experiments.run.checkpoints import checkpoint_callbacks
+from experiments.run.job import OURS
+from experiments.sweep.preemption import Requeue
+from pmnet.training.module import FewShotModule
+from tests.conftest import ROOT, TINY, command, results, run
+
+
+class CutShort(L.Callback):
+    """Breaks off in the validation after an epoch, as a time limit does."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.validations = epoch, 0
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise TimeoutError
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.validations += 1
+
+
+def fit(folder: Path, *callbacks: L.Callback, ckpt: Path | None = None) -> dict[str, torch.Tensor]:
+    """Three epochs of two batches; the trained weights."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [*TINY, "trainer.max_epochs=3"])
+    cfg.task.pair = "synthetic"
+    L.seed_everything(0, verbose=False)
+    data = instantiate(cfg.episodes)
+    network = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
+    module = FewShotModule(network, data.test_class_ids, instantiate(cfg.loss), instantiate(cfg.optimizer))
+    trainer = instantiate(
+        {name: value for name, value in cfg.trainer.items() if name not in OURS},
+        logger=False,
+        callbacks=[StepSeed(0), *callbacks, *checkpoint_callbacks(folder)],
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
+    return {name: tensor.clone() for name, tensor in module.network.head.state_dict().items()}
+
+
+def test_validation_that_is_cut_short_does_not_cost_the_epoch(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' own handlers stay
+    alone = fit(tmp_path / "alone")
+    with pytest.raises(TimeoutError):
+        fit(tmp_path / "cut", CutShort(1), Requeue(tmp_path / "cut"))
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3, "all of epoch 2 but its last batch"
+    count = CutShort(99)
+    resumed = fit(tmp_path / "cut", count, Requeue(tmp_path / "cut"), ckpt=last)
+    assert count.validations == 2
+    assert all(torch.equal(alone[name], resumed[name]) for name in alone)
+
+
+def test_best_score_goes_along_to_another_folder(tmp_path: Path) -> None:
+    fit(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    state = torch.load(tmp_path / "a/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    (key,) = [name for name in state if "val/miou" in name]
+    best = checkpoint_callbacks(tmp_path / "b")[0]
+    best.load_state_dict(state[key])
+    assert best.best_model_score == state[key]["best_model_score"] > 0
+    assert best.best_model_path == str(tmp_path / "b/checkpoints/best.ckpt")
+    trainer = L.Trainer(logger=False)
+    assert not best.check_monitor_top_k(trainer, best.best_model_score - 1)
+    assert best.check_monitor_top_k(trainer, best.best_model_score + 1)
+
+
+def test_best_score_of_another_training_does_not(tmp_path: Path) -> None:
+    """`ckpt=` begins a new one, whose folder has no best checkpoint yet."""
+    fit(tmp_path / "a")
+    state = torch.load(tmp_path / "a/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    (key,) = [name for name in state if "val/miou" in name]
+    best = checkpoint_callbacks(tmp_path / "new")[0]
+    with pytest.warns(UserWarning, match="dirpath has changed"):
+        best.load_state_dict(state[key])
+    assert best.best_model_score is None
+
+
+@pytest.mark.slow
+def test_asked_to_end_it_says_how_to_go_on(tmp_path: Path) -> None:
+    """SIGTERM: no results of an earlier run are left as if they were this one's."""
+    setting = [*TINY, f"hydra.run.dir={tmp_path}"]
+    assert run(*setting, "trainer.max_epochs=1").returncode == 0
+    before = results(tmp_path)
+    process = subprocess.Popen(
+        command(*setting, "trainer.max_epochs=1000", "resume=false"),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while not (tmp_path / "checkpoints-before-1").exists() or not (tmp_path / "checkpoints" / "last.ckpt").exists():
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "SIGTERM" in read_json(tmp_path / "failure.json")["error"]
+    assert before
+    assert not (tmp_path / "results.json").exists()

@@ -1,0 +1,282 @@
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+
+from datamodules import Episode
+from datamodules.episodes.episode import EpisodeSpec
+from pmnet import PMNet
+from pmnet.backbones import SmallBackbone
+from pmnet.errors import CheckpointError, NonFiniteLossError
+from pmnet.training.metrics import FewShotIoU
+from pmnet.training.module import FewShotModule
+from pmnet.training.pretrain import BackbonePretraining
+
+CLASSES = [3, 5]
+LOSS = torch.nn.CrossEntropyLoss(ignore_index=255)
+TRAINER = SimpleNamespace(current_epoch=7, global_step=123)
+
+
+def make_module(monkeypatch=None, seed=0, scheduler=None, **options):
+    torch.manual_seed(seed)
+    module = FewShotModule(PMNet(SmallBackbone("none"), **options), CLASSES, LOSS, partial(SGD, lr=0.1), scheduler)
+    if monkeypatch:  # Lightning's own logging needs a trainer at work
+        module.logged = {}
+        monkeypatch.setattr(module, "log", lambda name, value, **_: module.logged.update({name: value}))
+        monkeypatch.setattr(module, "log_dict", module.logged.update)
+        monkeypatch.setattr(module, "_trainer", TRAINER)
+    return module
+
+
+def make_batch(seed=0, B=3, K=1):
+    random = torch.Generator().manual_seed(seed)
+
+    def integers(high, *shape):
+        return torch.randint(0, high, shape, generator=random, dtype=torch.uint8)
+
+    mask = integers(3, B, 32, 32)
+    return Episode(
+        query=integers(256, B, 3, 32, 32),
+        query_mask=torch.where(mask == 2, 255, mask).to(torch.uint8),
+        support=integers(256, B, K, 3, 32, 32),
+        support_masks=integers(2, B, K, 32, 32),
+        class_id=torch.tensor(CLASSES).repeat(B)[:B],
+        index=torch.arange(B) + 10 * seed,
+        spec=[EpisodeSpec(f"query{b}", tuple(f"support{b}_{k}" for k in range(K)), CLASSES[b % 2]) for b in range(B)],
+    )
+
+
+def change_logits(module, change):
+    """Hands out `change(logits)` for the network's logits; returns the list in which they are kept."""
+    kept = []
+
+    def hook(network, inputs, logits):
+        kept.append(change(logits.detach()))
+        return kept[-1]
+
+    module.network.register_forward_hook(hook)
+    return kept
+
+
+# Training
+
+
+def test_training_loss_is_the_binary_cross_entropy_of_the_pixels_that_count(monkeypatch):
+    module, batch = make_module(monkeypatch), make_batch()
+    kept = change_logits(module, lambda logits: logits.clone())
+    loss = module.training_step(batch, 0)
+    p = torch.sigmoid(kept[0][:, 1] - kept[0][:, 0])  # 2-way softmax
+    pixels = [
+        -torch.log(p[b, i, j] if batch.query_mask[b, i, j] == 1 else 1 - p[b, i, j]).item()
+        for b in range(3)
+        for i in range(32)
+        for j in range(32)
+        if batch.query_mask[b, i, j] != 255
+    ]
+    assert 0 < len(pixels) < 3 * 32 * 32
+    assert loss.item() == pytest.approx(sum(pixels) / len(pixels), rel=1e-5)
+    assert module.logged["train/loss"] == loss
+
+
+def test_loss_of_a_batch_without_a_pixel_that_counts_is_zero(monkeypatch):
+    module, batch = make_module(monkeypatch), make_batch()
+    loss = module.training_step(replace(batch, query_mask=torch.full_like(batch.query_mask, 255)), 0)
+    assert loss.item() == 0
+
+
+def test_loss_reaches_every_part_of_the_head_and_nothing_of_the_backbone(monkeypatch):
+    module = make_module(monkeypatch)
+    module.training_step(make_batch(), 0).backward()
+    assert all(p.grad is None for p in module.network.backbone.parameters())
+    assert [n for n, p in module.network.head.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loss_that_is_no_number_names_the_broken_episode(monkeypatch, value):
+    module = make_module(monkeypatch)
+
+    def break_second(logits):
+        logits[1, 0] = value
+        return logits
+
+    change_logits(module, break_second)
+    with pytest.raises(NonFiniteLossError) as error:
+        module.training_step(make_batch(K=2), 0)
+    message = str(error.value)
+    assert "query1" in message
+    assert "support1_0, support1_1" in message
+    assert "query0" not in message
+    assert "query2" not in message
+    assert "epoch 7, step 123" in message
+
+
+def test_optimizer_gets_the_head_alone():
+    module = make_module()
+    optimizer = module.configure_optimizers()
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert own == {id(p) for p in module.network.head.parameters()}
+
+
+def test_scheduler_drives_the_optimizer_of_the_module():
+    made = make_module(scheduler=partial(StepLR, step_size=1, gamma=0.5)).configure_optimizers()
+    made["optimizer"].step()
+    made["lr_scheduler"].step()
+    assert made["optimizer"].param_groups[0]["lr"] == 0.05
+
+
+# Validation and test
+
+
+def test_validation_scores_its_episodes_and_starts_anew(monkeypatch):
+    module = make_module(monkeypatch).eval()
+    change_logits(module, lambda logits: torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)))
+    for seed in (1, 2):  # one batch an epoch: what came before must not count
+        batch = make_batch(seed)
+        module.validation_step(batch, 0)
+        module.on_validation_epoch_end()
+        expected = FewShotIoU(CLASSES)
+        pred = module(batch).argmax(1)
+        expected.update(pred, batch.query_mask == 1, batch.class_id, batch.query_mask == 255)
+        assert module.logged["val/miou"] == expected.compute()["miou"] > 0
+        assert module.logged["val/fb_iou"] == expected.compute()["fb_iou"]
+
+
+def test_test_result_holds_all_episodes_of_the_last_test_alone(monkeypatch):
+    module = make_module(monkeypatch).eval()
+    kept = change_logits(module, lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(len(kept))))
+    for seeds in ((3,), (1, 2)):
+        kept.clear()
+        module.on_test_epoch_start()
+        batches = [make_batch(seed) for seed in seeds]
+        for i, batch in enumerate(batches):
+            module.test_step(batch, i)
+        module.on_test_epoch_end()
+    result = module.test_result
+
+    ours, everything, episode_iou = FewShotIoU(CLASSES), FewShotIoU(CLASSES), {}
+    for batch, logits in zip(batches, kept, strict=True):
+        pred = logits[:, 1] > logits[:, 0]
+        truth, ignore = batch.query_mask == 1, batch.query_mask == 255
+        ours.update(pred, truth, batch.class_id, ignore)
+        everything.update(torch.ones_like(pred), truth, batch.class_id, ignore)
+        for b in range(3):
+            counted = ~ignore[b]
+            both, either = (pred[b] & truth[b])[counted].sum(), (pred[b] | truth[b])[counted].sum()
+            episode_iou[int(batch.index[b])] = 100 * both.item() / either.item()
+    assert result.scores == {k: v.tolist() for k, v in ours.compute().items()}
+    assert result.all_foreground == {k: v.tolist() for k, v in everything.compute().items()}
+    assert result.episode_iou == pytest.approx(episode_iou, rel=1e-5)
+    assert module.logged["test/miou"].item() == result.scores["miou"]
+
+
+# Checkpoints
+
+
+def saved(module):
+    checkpoint = {"state_dict": module.state_dict(), "epoch": 4}
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def test_checkpoint_holds_the_head_alone_and_says_which_backbone_it_needs():
+    module = make_module()
+    checkpoint = saved(module)
+    head = {f"network.head.{name}": tensor for name, tensor in module.network.head.state_dict().items()}
+    assert checkpoint["state_dict"].keys() == head.keys()
+    assert all(torch.equal(checkpoint["state_dict"][name], tensor) for name, tensor in head.items())
+    assert checkpoint["backbone"] == module.network.backbone.provenance.as_dict()
+    assert checkpoint["backbone"]["backbone"] == "small"
+    assert checkpoint["epoch"] == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_checkpoint_with_broken_weights_is_not_saved(monkeypatch, value):
+    module = make_module(monkeypatch)
+    with torch.no_grad():
+        module.network.head.decoder.mixer3[2].bias[1] = value
+    with pytest.raises(NonFiniteLossError, match=r"network\.head\.decoder\.mixer3\.2\.bias.* epoch 7"):
+        saved(module)
+
+
+def test_checkpoint_comes_back(tmp_path):
+    torch.save(saved(make_module(seed=1)), tmp_path / "a.ckpt")
+    module, trained = make_module(seed=2), make_module(seed=1)
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    batch = make_batch()
+    with torch.no_grad():
+        assert torch.equal(module.eval()(batch), trained.eval()(batch))
+
+
+def test_checkpoint_of_another_backbone_is_refused_by_both_names():
+    module = make_module()
+    checkpoint = saved(make_module())
+    checkpoint["backbone"] |= {"backbone": "resnet50", "weights": "a1h", "sha256": "0123456789abcdef"}
+    with pytest.raises(CheckpointError, match=r"resnet50.*'a1h'.*01234567\).*small.*'none'.*backbone=resnet50"):
+        module.on_load_checkpoint(checkpoint)
+
+
+def test_checkpoint_is_refused_after_the_weights_file_of_its_backbone_was_replaced(tmp_path):
+    path = tmp_path / "mine.pth"
+    state = SmallBackbone("none").trunk.state_dict()
+    torch.save(state, path)
+    checkpoint = saved(FewShotModule(PMNet(SmallBackbone(str(path))), CLASSES, LOSS, partial(SGD, lr=0.1)))
+    state["layer4.0.conv1.weight"] += 1
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"mine\.pth"):
+        FewShotModule(PMNet(SmallBackbone(str(path))), CLASSES, LOSS, partial(SGD, lr=0.1)).check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("options", [{"norm": "group"}, {"b3dconvs": False}, {"linear_heads": True}])
+def test_checkpoint_of_another_head_is_refused(options):
+    own, theirs = make_module(), make_module(**options)
+    own.check_checkpoint(saved(make_module()))
+    for module, checkpoint in ((own, saved(theirs)), (theirs, saved(own))):
+        with pytest.raises(CheckpointError, match=r"another network.*'network\.head\."):
+            module.check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {},
+        {"state_dict": {}},
+        {"state_dict": {}, "backbone": "resnet50"},
+        {"backbone": {"sha256": ""}},
+        {"state_dict": {}, "backbone": {"conv1.weight": torch.zeros(1)}},
+        {"conv_4d_blocks.2.0.conv1.weight": torch.zeros(1)},
+    ],
+)
+def test_file_of_another_program_is_refused(checkpoint):
+    with pytest.raises(CheckpointError, match="no checkpoint of this program"):
+        make_module().check_checkpoint(checkpoint)
+
+
+# Pre-training of a backbone
+
+
+def test_pretraining_ignores_pixels_marked_255_and_teaches_the_whole_backbone(monkeypatch):
+    torch.manual_seed(0)
+    module = BackbonePretraining(SmallBackbone("none"), 4, partial(SGD, lr=0.1), StepLR)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    images = make_batch().query
+    classes = torch.randint(0, 4, (3, 32, 32)).to(torch.uint8)
+    classes[:, :16] = 255
+    module.eval()  # batch statistics would let the images of ignored pixels matter
+    loss = module.training_step((images, classes), 0)
+    with torch.no_grad():
+        parts = []
+        features = module.backbone(images)
+        for layer, classifier in module.classifiers.items():
+            logits = torch.nn.functional.interpolate(classifier(features[layer][-1]), (8, 8), mode="bilinear")
+            log_p = logits.log_softmax(1)
+            at = [(b, i, j) for b in range(3) for i in range(4, 8) for j in range(8)]
+            parts.append(-sum(log_p[b, int(classes[b, 4 * i, 4 * j]), i, j] for b, i, j in at) / len(at))
+    assert loss.item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-5)
+    loss.backward()
+    assert [n for n, p in module.backbone.named_parameters() if p.grad is None] == []
