@@ -1,12 +1,47 @@
-"""PMNet, the method: a network that segments from a few examples by matching pixels.
+"""Few-shot segmentation: networks that segment an image by one or a few others with masks.
 
-Importable and usable without Hydra, W&B or a dataset; see `PMNet` for a six-line example.
+Needs no Hydra, Lightning or W&B; see `PMNet` for a short example. What is exported here is imported on first use, so
+that `import pmnet` takes no longer than `import torch`.
 """
 
-from pmnet.backbones import Backbone, ResNetBackbone
-from pmnet.backbones.cache import FeatureCache
-from pmnet.methods.pmnet.network import PMNet, PMNetHead, Support
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pmnet.version import VERSION
 
-__all__ = ["Backbone", "FeatureCache", "PMNet", "PMNetHead", "ResNetBackbone", "Support"]
+if TYPE_CHECKING:
+    from pmnet.backbones import Backbone, FeatureCache, ResNetBackbone
+    from pmnet.methods import Head, Method
+    from pmnet.methods.base import Support
+    from pmnet.methods.nearest import Nearest
+    from pmnet.methods.pmnet import PMNet, PMNetHead
+    from pmnet.methods.prototype import Prototype
+
+HOMES = {
+    "Backbone": "pmnet.backbones.base",
+    "FeatureCache": "pmnet.backbones.cache",
+    "Head": "pmnet.methods.base",
+    "Method": "pmnet.methods.base",
+    "Nearest": "pmnet.methods.nearest",
+    "PMNet": "pmnet.methods.pmnet",
+    "PMNetHead": "pmnet.methods.pmnet",
+    "Prototype": "pmnet.methods.prototype",
+    "ResNetBackbone": "pmnet.backbones.resnet",
+    "Support": "pmnet.methods.base",
+}
+
+__all__ = [
+    "Backbone", "FeatureCache", "Head", "Method", "Nearest", "PMNet", "PMNetHead", "Prototype", "ResNetBackbone",
+    "Support",
+]  # fmt: skip
 __version__ = VERSION
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'pmnet' has no attribute '{name}'")
+    return getattr(import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOMES])

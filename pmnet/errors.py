@@ -5,7 +5,7 @@ class PMNetError(Exception):
     """Base of the errors below: shown as one message, without a traceback."""
 
 
-class SettingError(PMNetError):
+class SettingError(PMNetError, ValueError):
     """An option has a value that it cannot have."""
 
 

@@ -1,39 +1,60 @@
-"""ResNet-18, -50 and -101 as torchvision builds them."""
+"""ResNets as torchvision builds them."""
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
-from pmnet.backbones.base import Backbone, Features
+from pmnet.backbones.base import LAYERS, Backbone
 from pmnet.backbones.weights import load_weights
 from pmnet.errors import SettingError
 
 
-class ResNetBackbone(Backbone):
-    """The feature of a block is its output after the residual sum and before the last ReLU.
+class ResidualBackbone(Backbone):
+    """What residual networks share: a block's feature is its residual sum, before the last ReLU."""
+
+    def stage(self, layer: str, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        features = list(residual_sums(getattr(self.trunk, layer), x))
+        return features, F.relu(features[-1])
+
+    def activated(self, feature: Tensor) -> Tensor:
+        return F.relu(feature)
+
+    def measure(self) -> None:
+        """Reads `channels` and `blocks` off the trunk."""
+        stages = {layer: getattr(self.trunk, layer) for layer in LAYERS}
+        self.channels = {layer: list(stage.parameters())[-1].shape[0] for layer, stage in stages.items()}
+        self.blocks = {layer: len(stage) for layer, stage in stages.items()}
+
+
+class ResNetBackbone(ResidualBackbone):
+    """A ResNet of torchvision.
 
     Args:
         name: "resnet18", "resnet50" or "resnet101" (any ResNet of torchvision works).
         weights: see `pmnet.backbones.weights.load_weights`.
-        download: fetch named weights that are not there yet.
+        download: fetch named weights that are not on this machine yet.
 
     Raises:
-        WeightsError: the weights are not there, damaged, or of another network.
+        SettingError: torchvision has no ResNet of that name.
+        WeightsError: the weights are missing, damaged, or of another network.
     """
 
     def __init__(self, name: str, weights: str, download: bool = False) -> None:
         super().__init__()
         self.trunk, self.provenance = load_weights(partial(build_trunk, name), name, weights, download)
-        self.channels, self.blocks = residual_layout(self.trunk)
+        self.measure()
 
-    def blocks_of(self, images: Tensor) -> Features:
+    def stem(self, images: Tensor) -> Tensor:
         trunk = self.trunk
-        return residual_features(trunk, trunk.maxpool(F.relu(trunk.bn1(trunk.conv1(images)))))
+        return trunk.maxpool(F.relu(trunk.bn1(trunk.conv1(images))))
 
 
 def build_trunk(name: str) -> nn.Module:
+    import torchvision  # takes a second to import
+
     if name not in torchvision.models.list_models(include="resnet*"):
         raise SettingError(
             f"backbone.name={name} is not one of {', '.join(torchvision.models.list_models(include='resnet*'))}."
@@ -43,24 +64,13 @@ def build_trunk(name: str) -> nn.Module:
     return trunk
 
 
-def residual_layout(trunk: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
-    """Channels and number of blocks of layer1..layer4 of a residual network."""
-    layers = {f"layer{i}": getattr(trunk, f"layer{i}") for i in range(1, 5)}
-    channels = {name: list(layer.parameters())[-1].shape[0] for name, layer in layers.items()}
-    return channels, {name: len(layer) for name, layer in layers.items()}
-
-
-def residual_features(trunk: nn.Module, x: Tensor) -> Features:
-    """Every block's sum before its last ReLU, for the output `x` of the stem."""
-    features: Features = {}
-    for layer in ("layer1", "layer2", "layer3", "layer4"):
-        features[layer] = []
-        for block in getattr(trunk, layer):
-            out = F.relu(block.bn1(block.conv1(x)), inplace=True)
-            out = block.bn2(block.conv2(out))
-            if hasattr(block, "conv3"):  # a bottleneck
-                out = block.bn3(block.conv3(F.relu(out, inplace=True)))
-            out = out + (x if block.downsample is None else block.downsample(x))
-            features[layer].append(out)
-            x = F.relu(out)
-    return features
+def residual_sums(stage: Any, x: Tensor) -> Iterator[Tensor]:
+    """Of each block of a stage, the sum before its last ReLU."""
+    for block in stage:
+        out = F.relu(block.bn1(block.conv1(x)), inplace=True)
+        out = block.bn2(block.conv2(out))
+        if hasattr(block, "conv3"):  # a bottleneck
+            out = block.bn3(block.conv3(F.relu(out, inplace=True)))
+        out = out + (x if block.downsample is None else block.downsample(x))
+        yield out
+        x = F.relu(out)

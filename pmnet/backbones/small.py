@@ -1,33 +1,35 @@
 """A small residual network for small machines: 0.9 million parameters, under 2 MB in half precision."""
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
-from pmnet.backbones.base import Backbone, Features
-from pmnet.backbones.resnet import residual_features, residual_layout
+from pmnet.backbones.resnet import ResidualBackbone
 from pmnet.backbones.weights import load_weights
 
 WIDTHS, DEPTHS = (24, 48, 96, 128), (1, 1, 2, 2)
 
 
-class SmallBackbone(Backbone):
+class SmallBackbone(ResidualBackbone):
     """Residual network of four stages with 24, 48, 96 and 128 channels and 1, 1, 2, 2 basic blocks.
 
     Args:
-        weights: "quickstart" (shipped; see `conf/experiment/quickstart_backbone.yaml` for how it was
-            made), a path, or "none".
+        weights: "quickstart" (shipped; `conf/experiment/quickstart_backbone.yaml` trained it), a path, or "none".
+
+    Raises:
+        WeightsError: the weights are missing, damaged, or of another network.
     """
 
     def __init__(self, weights: str) -> None:
         super().__init__()
         self.trunk, self.provenance = load_weights(build_trunk, "small", weights, download=False)
-        self.channels, self.blocks = residual_layout(self.trunk)
+        self.measure()
 
-    def blocks_of(self, images: Tensor) -> Features:
-        return residual_features(self.trunk, self.trunk.stem(images))
+    def stem(self, images: Tensor) -> Tensor:
+        return self.trunk.stem(images)
 
 
 def build_trunk() -> nn.Module:
+    from torchvision.models.resnet import BasicBlock  # takes a second to import
+
     trunk = nn.Module()
     trunk.stem = nn.Sequential(
         nn.Conv2d(3, WIDTHS[0], 5, stride=2, padding=2, bias=False),

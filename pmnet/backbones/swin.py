@@ -2,13 +2,10 @@
 
 from functools import partial
 
-import timm
 from torch import Tensor
 
-from pmnet.backbones.base import Backbone, Features
+from pmnet.backbones.base import LAYERS, Backbone
 from pmnet.backbones.weights import load_weights
-
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class SwinBackbone(Backbone):
@@ -16,27 +13,30 @@ class SwinBackbone(Backbone):
 
     Args:
         weights: see `pmnet.backbones.weights.load_weights`.
-        download: fetch named weights that are not there yet.
+        download: fetch named weights that are not on this machine yet.
 
     Raises:
-        WeightsError: the weights are not there, damaged, or of another network.
+        WeightsError: the weights are missing, damaged, or of another network.
     """
 
     def __init__(self, weights: str, download: bool = False) -> None:
+        import timm  # takes seconds to import
+
         super().__init__()
         name = "swin_base_patch4_window12_384"
         build = partial(timm.create_model, name, pretrained=False, strict_img_size=False, num_classes=0)
         self.trunk, self.provenance = load_weights(build, "swin_b", weights, download)
-        self.channels = {stage: 128 * 2**i for i, stage in enumerate(STAGES)}
-        self.blocks = {stage: len(layer.blocks) for stage, layer in zip(STAGES, self.trunk.layers, strict=True)}
+        self.channels = {layer: 128 * 2**i for i, layer in enumerate(LAYERS)}
+        self.blocks = {layer: len(stage.blocks) for layer, stage in zip(LAYERS, self.trunk.layers, strict=True)}
 
-    def blocks_of(self, images: Tensor) -> Features:
-        x_BHWC = self.trunk.patch_embed(images)
-        features: Features = {}
-        for stage, layer in zip(STAGES, self.trunk.layers, strict=True):
-            x_BHWC = layer.downsample(x_BHWC)
-            features[stage] = []
-            for block in layer.blocks:
-                x_BHWC = block(x_BHWC)
-                features[stage].append(x_BHWC.permute(0, 3, 1, 2))
-        return features
+    def stem(self, images: Tensor) -> Tensor:
+        return self.trunk.patch_embed(images)
+
+    def stage(self, layer: str, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        part = self.trunk.layers[LAYERS.index(layer)]
+        x_BHWC = part.downsample(x)
+        features = []
+        for block in part.blocks:
+            x_BHWC = block(x_BHWC)
+            features.append(x_BHWC.permute(0, 3, 1, 2))
+        return features, x_BHWC

@@ -26,8 +26,6 @@ from urllib.error import URLError
 import safetensors
 import safetensors.torch
 import torch
-import torchvision
-from timm.models.swin_transformer import checkpoint_filter_fn as swin_from_original
 from torch import Tensor, nn
 
 from pmnet.errors import WeightsError
@@ -102,7 +100,9 @@ def load_weights(
         source = named_url(backbone, weights)
         state, trained_on = read_state(named_file(source, backbone, weights, download))
     if backbone == "swin_b" and "patch_embed.proj.weight" in state:
-        state = swin_from_original(state, trunk)
+        from timm.models.swin_transformer import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(state, trunk)
     fill(trunk, state, backbone, source)
     return trunk, Provenance(backbone, weights, source, state_hash(trunk.state_dict()), trained_on)
 
@@ -114,6 +114,8 @@ def is_path(weights: str) -> bool:
 def named_url(backbone: str, weights: str) -> str:
     urls = dict(URLS)
     if backbone.startswith("resnet"):
+        import torchvision
+
         for enum in torchvision.models.get_model_weights(backbone):
             urls[backbone, enum.name.lower()] = enum.url
     if (backbone, weights) not in urls:

@@ -1,7 +1,7 @@
 """The LightningModule: loss, steps, optimiser, and what a checkpoint holds."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import CatMetric
 
+from pmnet.backbones.base import union
 from pmnet.errors import CheckpointError, NonFiniteLossError
-from pmnet.methods.pmnet.network import PMNet
+from pmnet.methods.base import IGNORE, Criterion, Method
 from pmnet.training.metrics import FewShotIoU, areas
 
 if TYPE_CHECKING:  # batches are read by their fields' names alone
     from datamodules import Episode
 
-IGNORE = 255
-BACKBONE = "network.backbone."
+PREFIX = "network."
 
 
 @dataclass(frozen=True)
@@ -27,56 +27,59 @@ class TestResult:
 
     Attributes:
         scores: "miou", "fb_iou", and "iou_per_class" in the order of the module's class ids.
-        all_foreground: the same for a prediction that marks everything.
+        baselines: the same for what was scored beside the method: "all_foreground" marks everything, then the floors.
         episode_iou: place in the episode list -> IoU of the foreground.
     """
 
     scores: dict[str, Any]
-    all_foreground: dict[str, Any]
+    baselines: dict[str, dict[str, Any]]
     episode_iou: dict[int, float]
 
 
 class FewShotModule(L.LightningModule):
-    """Trains and tests a few-shot network.
+    """Trains and tests a method, which it knows by the contract in `pmnet/methods/base.py` alone.
 
     Args:
-        network: called with (query, support, support_masks); has a frozen `backbone` and a `head`.
-        class_ids: the classes that the test takes the mean over.
+        network: the method.
+        class_ids: the classes that the test averages over.
         loss: of logits (B, 2, H, W) and masks (B, H, W) int64 with 255 = ignore.
-        optimizer: makes the optimiser from the head's parameters.
-        scheduler: makes a schedule from the optimiser, stepped once an epoch; None keeps the rate.
+        optimizer: builds the optimiser from the parameters that the method learns.
+        scheduler: builds a schedule from the optimiser, stepped once an epoch; None keeps the rate.
         record: what the training is made of (plain values); goes into checkpoints.
-        val_class_ids: the classes that validation takes the mean over; None for those of the test.
+        val_class_ids: the classes that validation averages over; None for those of the test.
+        floors: methods on the same backbone that learn nothing, tested on the same episodes: name -> method.
     """
 
     def __init__(
         self,
-        network: PMNet,
+        network: Method,
         class_ids: Sequence[int],
-        loss: nn.Module,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        loss: Criterion,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
         scheduler: Callable[[Optimizer], Any] | None = None,
         record: dict[str, Any] | None = None,
         val_class_ids: Sequence[int] | None = None,
+        floors: Mapping[str, Method] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.loss, self.record = network, loss, record or {}
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.floors = dict(floors or {})  # no submodules: they share the network's backbone and have no weights
         self.val_iou = FewShotIoU(class_ids if val_class_ids is None else val_class_ids)
         self.test_iou = FewShotIoU(class_ids)
-        self.test_all_foreground = FewShotIoU(class_ids)  # the score of marking everything
+        baselines = ("all_foreground", *self.floors)
+        self.test_baselines = nn.ModuleDict({name: FewShotIoU(class_ids) for name in baselines})
         self.test_index, self.test_episode_iou = CatMetric(), CatMetric()
 
     def forward(self, batch: "Episode") -> Tensor:
-        """Logits (B, 2, H, W)."""
-        return self.network(batch.query, batch.support, batch.support_masks)
+        """Masks (B, H, W) bool."""
+        return self.network.predict(batch.query, batch.support, batch.support_masks)
 
     def training_step(self, batch: "Episode", batch_index: int) -> Tensor:
-        """The loss over the pixels not marked 255; as published, 2-way cross-entropy."""
-        logits, masks = self(batch).float(), batch.query_mask.long()
-        loss = self.loss(logits, masks) if (masks != IGNORE).any() else 0 * logits.sum()
+        """The method's loss, by default 2-way cross-entropy over the pixels not marked 255."""
+        loss = self.network.loss(batch, self.loss)
         if not torch.isfinite(loss):
-            alone = [self.loss(logits[i : i + 1], masks[i : i + 1]).isfinite() for i in range(len(masks))]
+            alone = [self.network.loss(part(batch, i), self.loss).isfinite() for i in range(len(batch.spec))]
             self.refuse([spec for spec, good in zip(batch.spec, alone, strict=True) if not good] or batch.spec)
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch.spec))
@@ -85,14 +88,13 @@ class FewShotModule(L.LightningModule):
     def refuse(self, specs: list[Any]) -> None:
         episodes = "; ".join(f"query {s.query}, supports {', '.join(s.supports)}, class {s.class_id}" for s in specs)
         raise NonFiniteLossError(
-            f"The loss is no finite number in epoch {self.trainer.current_epoch}, step {self.trainer.global_step}. "
-            f"Episode: {episodes}. The last checkpoint is from before; look at these images, lower the learning "
+            f"The loss is NaN or infinite in epoch {self.trainer.current_epoch}, step {self.trainer.global_step}. "
+            f"Episode: {episodes}. The last checkpoint was saved before this. Look at these images, lower the learning "
             "rate (optimizer.lr) or use trainer.precision=32-true."
         )
 
     def validation_step(self, batch: "Episode", batch_index: int) -> None:
-        pred = self(batch).argmax(dim=1)
-        self.val_iou.update(pred, batch.query_mask == 1, batch.class_id, batch.query_mask == IGNORE)
+        self.val_iou.update(self(batch), batch.query_mask == 1, batch.class_id, batch.query_mask == IGNORE)
         self.show_running(self.val_iou)
 
     def on_validation_epoch_end(self) -> None:
@@ -102,55 +104,69 @@ class FewShotModule(L.LightningModule):
         self.val_iou.reset()
 
     def test_step(self, batch: "Episode", batch_index: int) -> None:
-        pred, truth, ignore = self(batch).argmax(dim=1), batch.query_mask == 1, batch.query_mask == IGNORE
+        """Scores the method, and in the same pass of the backbone the floors."""
+        truth, ignore = batch.query_mask == 1, batch.query_mask == IGNORE
+        images = batch.query, batch.support, batch.support_masks
+        self.network.check(*images)
+        methods = [self.network, *self.floors.values()]
+        passed = self.network.passes(batch.query, batch.support, union(*(method.reads for method in methods)))
+        pred, *floors = (
+            method.head.predict(*method.chosen(*passed, batch.support, batch.support_masks), batch.support_masks)
+            for method in methods
+        )
         self.test_iou.update(pred, truth, batch.class_id, ignore)
-        self.test_all_foreground.update(torch.ones_like(pred), truth, batch.class_id, ignore)
-        intersection, union = areas(pred, truth, ignore)
+        for metric, answer in zip(self.test_baselines.values(), (torch.ones_like(pred), *floors), strict=True):
+            metric.update(answer, truth, batch.class_id, ignore)
+        intersection, union_ = areas(pred, truth, ignore)
         self.test_index.update(batch.index)
-        self.test_episode_iou.update(100 * intersection[:, 1] / union[:, 1].clamp(min=1))
+        self.test_episode_iou.update(100 * intersection[:, 1] / union_[:, 1].clamp(min=1))
         self.show_running(self.test_iou)
 
     def show_running(self, iou: FewShotIoU) -> None:
         self.log("miou", iou.running()["miou"], prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def on_test_epoch_start(self) -> None:
-        for metric in (self.test_iou, self.test_all_foreground, self.test_index, self.test_episode_iou):
+        for metric in (self.test_iou, *self.test_baselines.values(), self.test_index, self.test_episode_iou):
             metric.reset()
 
     def on_test_epoch_end(self) -> None:
-        """Leaves `test_result`, the same on every process, for the runner to write down."""
-        scores, all_foreground = self.test_iou.compute(), self.test_all_foreground.compute()
+        """Keeps `test_result`, the same on every process, for the runner to write down."""
+        scores = self.test_iou.compute()
         index, iou = (metric.compute().reshape(-1) for metric in (self.test_index, self.test_episode_iou))
         self.log_dict({"test/miou": scores["miou"], "test/fb_iou": scores["fb_iou"]}, logger=False)
         self.test_result = TestResult(
-            scores={name: value.tolist() for name, value in scores.items()},
-            all_foreground={name: value.tolist() for name, value in all_foreground.items()},
+            scores=plain(scores),
+            baselines={name: plain(metric.compute()) for name, metric in self.test_baselines.items()},
             episode_iou=dict(zip(index.int().tolist(), iou.tolist(), strict=True)),
         )
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.network.head.parameters())
+        optimizer = self.make_optimizer(self.network.learned())
         if self.make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
 
-    # A checkpoint holds the head alone, and says which backbone it needs.
+    # A checkpoint holds what is learned, and says which backbone it needs.
+
+    def learned_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Of this module's state dict, what a checkpoint holds."""
+        saved = {PREFIX + name for name in self.network.saved()}
+        return {name: value for name, value in state.items() if name in saved or not name.startswith(PREFIX)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(BACKBONE)}
+        state = self.learned_state(checkpoint["state_dict"])
         bad = [k for k, v in state.items() if not torch.isfinite(v).all()]
         if bad:
             raise NonFiniteLossError(
-                f"Weights became infinite or NaN ({bad[0]}) in epoch {self.trainer.current_epoch}; they are not "
-                "saved, the last checkpoint is from before. Lower the learning rate (optimizer.lr)."
+                f"Weights became infinite or NaN ({bad[0]}) in epoch {self.trainer.current_epoch}. They are not saved; "
+                "the last checkpoint was saved before this. Lower the learning rate (optimizer.lr)."
             )
         checkpoint["state_dict"], checkpoint["record"] = state, self.record
         checkpoint["backbone"] = self.network.backbone.provenance.as_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
-        backbone = {k: v for k, v in self.state_dict().items() if k.startswith(BACKBONE)}
-        checkpoint["state_dict"] = checkpoint["state_dict"] | backbone
+        checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises CheckpointError where a checkpoint is of another backbone or another network."""
@@ -159,8 +175,8 @@ class FewShotModule(L.LightningModule):
         wanted = {"backbone", "weights", "source", "sha256"}
         if not isinstance(need, dict) or not wanted <= need.keys() or "state_dict" not in checkpoint:
             raise CheckpointError(
-                "This file is no checkpoint of this program (it does not say which backbone it needs). Checkpoints of "
-                "the authors' program are read by pmnet.methods.pmnet.release.head_from_release."
+                "This file is not a checkpoint of this program: it does not say which backbone it needs. Checkpoints "
+                "of a method's authors are read by pmnet.methods.from_release(name, state_dict)."
             )
         if need["sha256"] != have.sha256:
             raise CheckpointError(
@@ -170,7 +186,7 @@ class FewShotModule(L.LightningModule):
                 f"backbone.weights={need['weights']}."
             )
         saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items()}
-        own = {k: tuple(v.shape) for k, v in self.state_dict().items() if not k.startswith(BACKBONE)}
+        own = {k: tuple(v.shape) for k, v in self.learned_state(self.state_dict()).items()}
         if saved != own:
             differ = sorted(k for k in saved.keys() | own.keys() if saved.get(k) != own.get(k))
             raise CheckpointError(
@@ -178,3 +194,14 @@ class FewShotModule(L.LightningModule):
                 f"{saved.get(differ[0], 'absent')} in the file, {own.get(differ[0], 'absent')} here). "
                 "Choose the model it was trained with (model=..., model.b3dconvs=..., backbone=...)."
             )
+
+
+def part(batch: "Episode", i: int) -> "Episode":
+    """The batch of one episode of a batch."""
+    names = ("query", "query_mask", "support", "support_masks", "class_id", "index")
+    return replace(batch, **{name: getattr(batch, name)[i : i + 1] for name in names}, spec=batch.spec[i : i + 1])
+
+
+def plain(scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Scores as plain numbers and lists."""
+    return {name: value.tolist() for name, value in scores.items()}

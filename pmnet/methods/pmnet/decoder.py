@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pmnet.methods.pmnet.hsfm import resize
+from pmnet.methods.base import resize
 
 
 def C(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:

@@ -151,8 +151,3 @@ def coarse_mask(evidence: Evidence, shots: int) -> Tensor:
         share_BKAQC, logsum_BKAQC = (x.unflatten(0, (-1, shots)) for x in evidence)
         share_BAQC = (logsum_BKAQC.softmax(dim=1) * share_BKAQC).sum(dim=1)
     return share_BAQC.mean(dim=1).transpose(1, 2)
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, corners aligned: the one way in which PMNet resizes masks and features."""
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)

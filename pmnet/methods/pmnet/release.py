@@ -1,6 +1,7 @@
 """Checkpoints of the authors' program (github.com/chenhao-zju/PMNet), read into `PMNetHead`."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ CONV2 = {"conv11": "x1", "conv13": "x2", "conv21": "y1", "conv23": "y2.0", "conv
 ROOTS = r"(?:^|\.)((?:conv_4d_blocks|linears|conv_layer|conv4|conv5|mixer[123])\..*)"
 
 
-def head_from_release(state_dict: dict[str, Tensor]) -> PMNetHead:
+def from_release(state_dict: Mapping[str, Tensor]) -> PMNetHead:
     """Builds the head from the release's names, in eval mode.
 
-    Block counts, the kind of norm, the low-level channels and the presence of linear heads are found out
+    Block counts, the kind of norm, the low-level channels and the presence of linear heads are inferred
     from the tensors. Prefixes such as `module.model.` are tolerated; the backbone's own tensors and the
-    position codes, which are constants, are passed over.
+    position codes, which are constants, are ignored.
 
     Raises:
         CheckpointError: a tensor of the head is missing, unknown, or of an unexpected shape.

@@ -12,13 +12,15 @@ import pmnet.backbones.cache
 from pmnet import FeatureCache, PMNet
 from pmnet.backbones import SmallBackbone
 
+EVERY = dict.fromkeys(("layer1", "layer2", "layer3", "layer4"), "all")
+
 
 def make_backbone(cache=None, weights="none"):
     backbone = SmallBackbone(weights).freeze()
     backbone.cache = cache
     passed = []
-    inner = backbone.blocks_of
-    backbone.blocks_of = lambda images: (passed.append(len(images)), inner(images))[1]
+    inner = backbone.stem
+    backbone.stem = lambda images: (passed.append(len(images)), inner(images))[1]
     return backbone, passed
 
 
@@ -102,8 +104,9 @@ def test_network_of_another_precision_finds_its_own(dtype, images, tmp_path):
 
 def test_what_makes_other_features_finds_its_own(images, expected, tmp_path):
     class Rectified(SmallBackbone):
-        def blocks_of(self, images):
-            return {layer: [f.relu() for f in blocks] for layer, blocks in super().blocks_of(images).items()}
+        def stage(self, layer, x):
+            features, x = super().stage(layer, x)
+            return [f.relu() for f in features], x
 
     cache = FeatureCache(host_gb=0, folder=tmp_path)
     with torch.no_grad():
@@ -114,7 +117,7 @@ def test_what_makes_other_features_finds_its_own(images, expected, tmp_path):
         assert torch.equal(rectified(images)["layer3"][0], expected["layer3"][0].relu())
         for change in (backbone.mean, next(backbone.trunk.parameters())):
             change.mul_(1.5)
-            assert_same(backbone(images), backbone.computed(images))
+            assert_same(backbone(images), backbone.computed(images, EVERY))
             assert not torch.allclose(backbone(images)["layer3"][0], expected["layer3"][0])
 
 

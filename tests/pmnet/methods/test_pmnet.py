@@ -12,8 +12,8 @@ import pmnet.methods.pmnet.lean
 from pmnet import PMNet, PMNetHead
 from pmnet.backbones import SmallBackbone
 from pmnet.errors import CheckpointError
+from pmnet.methods.pmnet import from_release
 from pmnet.methods.pmnet.affinity import Affinity, Dropout
-from pmnet.methods.pmnet.release import head_from_release
 from tests.pmnet.methods import plain_pmnet as plain
 from tests.pmnet.methods.plain_network import plain_network_head
 from tests.pmnet.methods.plain_pmnet import plain_head
@@ -102,14 +102,14 @@ def test_logits_of_the_authors_program_are_reproduced(golden, prefix):
         "pe.1.pe": torch.zeros(1, 144, 2048),
     }
     release = golden_weights(golden) | (others if prefix else {})
-    head = head_from_release({prefix + name: tensor for name, tensor in release.items()})
+    head = from_release({prefix + name: tensor for name, tensor in release.items()})
     with torch.no_grad():
         logits = head(*golden_inputs(golden))
     np.testing.assert_allclose(logits.numpy(), golden["logits"], rtol=0, atol=1e-6)
 
 
 def test_plain_implementation_agrees_with_the_authors_program(golden):
-    head = head_from_release(golden_weights(golden))
+    head = from_release(golden_weights(golden))
     with torch.no_grad():
         logits = plain_head(head, *golden_inputs(golden))
     np.testing.assert_allclose(logits.numpy(), golden["logits"], rtol=0, atol=1e-5)
@@ -158,7 +158,7 @@ def test_names_of_the_release_are_those_of_the_golden_file(golden):
 @pytest.mark.parametrize("options", RELEASED.values(), ids=RELEASED.keys())
 def test_kind_of_head_is_inferred_from_a_release_state_dict(options):
     head = random_head(**options)
-    read = head_from_release(release_state(head))
+    read = from_release(release_state(head))
     assert not read.training
     assert read.state_dict().keys() == head.state_dict().keys()
     for name, tensor in head.state_dict().items():
@@ -168,7 +168,7 @@ def test_kind_of_head_is_inferred_from_a_release_state_dict(options):
 def test_channels_of_a_network_other_than_resnet50_are_inferred():
     channels = {"layer1": 128, "layer2": 256, "layer3": 512, "layer4": 1024}
     head = PMNetHead(channels, {"layer3": 18, "layer4": 2}, norm="group")
-    read = head_from_release(release_state(head))
+    read = from_release(release_state(head))
     assert {n: t.shape for n, t in read.state_dict().items()} == {n: t.shape for n, t in head.state_dict().items()}
 
 
@@ -179,7 +179,7 @@ def test_missing_tensor_of_a_release_is_refused(name):
     release = release_state(random_head(norm="group"))
     del release[name]
     with pytest.raises(CheckpointError):
-        head_from_release(release)
+        from_release(release)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_unknown_tensor_of_a_release_is_refused(name):
     like = {"conv_layer.2.conv99.0.weight": "conv_layer.2.conv4.0.weight", "conv5.conv99.0.bias": "conv5.conv4.0.bias"}
     release[name] = torch.zeros_like(release[like.get(name, "mixer3.2.bias")])
     with pytest.raises(CheckpointError):
-        head_from_release(release)
+        from_release(release)
 
 
 @pytest.mark.parametrize(
@@ -215,13 +215,13 @@ def test_tensor_of_another_shape_is_refused(name, shape):
     release = release_state(random_head(norm="group"))
     release[name] = torch.zeros(shape)
     with pytest.raises(CheckpointError):
-        head_from_release(release)
+        from_release(release)
 
 
 @pytest.mark.parametrize("state", [{}, {"fc.weight": torch.zeros(2, 2)}])
 def test_state_dict_of_something_else_is_refused(state):
     with pytest.raises(CheckpointError):
-        head_from_release(state)
+        from_release(state)
 
 
 # Size
@@ -531,7 +531,7 @@ def test_supports_of_other_episodes_are_refused(network):
         network.segment(torch.rand(3, 3, 32, 32), seen)
     with pytest.raises(ValueError, match="multiples of 32"):
         network.segment(torch.rand(2, 3, 33, 32), seen)
-    with pytest.raises(ValueError, match=r"want masks \(2,1,H,W\)"):
+    with pytest.raises(ValueError, match=r"masks \(B,K,H,W\)"):
         network.see(torch.rand(2, 1, 3, 32, 32), torch.ones(2, 2, 32, 32))
 
 

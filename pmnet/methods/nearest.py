@@ -1,0 +1,77 @@
+"""Nearest neighbours, nothing learned: a query position takes the side of the support position that is most like it.
+
+The second of the two training-free floors. Likeness is the cosine of the backbone's features, as they are.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pmnet.backbones import Backbone, Features
+from pmnet.methods.base import Head, Method, resize
+from pmnet.methods.prototype import SCALE, foreground_share
+
+NONE = -1.0  # the likeness of a side that no support shows: the lowest cosine
+
+
+class Positions(NamedTuple):
+    """All positions of an episode's supports.
+
+    Attributes:
+        feature: (B, S, C) of length 1; S = K * hs * ws.
+        foreground: (B, S) bool, True where at least half of a position's pixels are foreground. An object smaller
+            than that has the positions that show most of it.
+    """
+
+    feature: Tensor
+    foreground: Tensor
+
+
+class NearestHead(Head):
+    """
+    Args:
+        layer: the stage whose last block is compared.
+    """
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def see(self, support_feats: Features, support_masks: Tensor) -> Positions:
+        feature_BKChw = support_feats[self.layer][-1]
+        share_BS = foreground_share(support_masks, feature_BKChw)
+        most_B1 = share_BS.amax(dim=1, keepdim=True).clamp(min=1e-6)  # without any foreground, no position has it
+        feature_BSC = feature_BKChw.movedim(2, -1).flatten(1, 3)
+        return Positions(F.normalize(feature_BSC, dim=2), share_BS >= most_B1.clamp(max=0.5))
+
+    def segment(self, query_feats: Features, seen: Positions, size: tuple[int, int]) -> Tensor:
+        """The largest cosine with a support position of either side, times 10; arguments as those of `Head.segment`."""
+        feature_BChw = query_feats[self.layer][-1]
+        cosine_BSQ = seen.feature @ F.normalize(feature_BChw.flatten(2), dim=1)
+        of_side = seen.foreground[:, :, None]
+        sides = [cosine_BSQ.masked_fill(other, NONE).amax(dim=1) for other in (of_side, ~of_side)]
+        return resize(SCALE * torch.stack(sides, dim=1).unflatten(2, feature_BChw.shape[-2:]), size)
+
+
+class Nearest(Method):
+    """Takes any number of shots and any image sides.
+
+    Args:
+        layer: the stage whose last block is compared, "layer1" to "layer4".
+
+    Example:
+        >>> import torch
+        >>> from pmnet import Nearest, ResNetBackbone
+        >>> method = Nearest(ResNetBackbone("resnet18", weights="none"), layer="layer3")
+        >>> seen = method.see(torch.rand(1, 5, 3, 80, 96), torch.ones(1, 5, 80, 96))  # once, for many queries
+        >>> method.mask(torch.rand(8, 3, 64, 64), seen).shape
+        torch.Size([8, 64, 64])
+    """
+
+    side_multiple = 1
+
+    def __init__(self, backbone: Backbone, layer: str) -> None:
+        super().__init__(backbone, NearestHead(layer))
+        self.query_reads = self.support_reads = backbone.checked({layer: "last"})
