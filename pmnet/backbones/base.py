@@ -81,7 +81,7 @@ class Backbone(nn.Module, ABC):
         Raises:
             SettingError: a layer that this backbone does not have.
         """
-        reads = self.checked(dict.fromkeys(self.blocks, "all") if reads is None else reads)  # type: ignore[arg-type]
+        reads = self.checked(dict.fromkeys(self.blocks, "all") if reads is None else reads)
         compute = functools.partial(self.computed, reads=reads)
         differentiated = images.requires_grad and torch.is_grad_enabled()
         if self.cache is None or not self.frozen or differentiated or not len(images):

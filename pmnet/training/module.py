@@ -67,8 +67,8 @@ class FewShotModule(L.LightningModule):
         self.floors = dict(floors or {})  # no submodules: they share the network's backbone and have no weights
         self.val_iou = FewShotIoU(class_ids if val_class_ids is None else val_class_ids)
         self.test_iou = FewShotIoU(class_ids)
-        baselines = ("all_foreground", *self.floors)
-        self.test_baselines = nn.ModuleDict({name: FewShotIoU(class_ids) for name in baselines})
+        baselines = {name: FewShotIoU(class_ids) for name in ("all_foreground", *self.floors)}
+        self.test_baselines: Mapping[str, FewShotIoU] = nn.ModuleDict(baselines)  # type: ignore[assignment]
         self.test_index, self.test_episode_iou = CatMetric(), CatMetric()
 
     def forward(self, batch: "Episode") -> Tensor:

@@ -9,11 +9,11 @@ from torch.optim.lr_scheduler import StepLR
 
 from datamodules import Episode
 from datamodules.episodes.episode import EpisodeSpec
-from pmnet import PMNet
+from pmnet import Nearest, PMNet, Prototype
 from pmnet.backbones import SmallBackbone
 from pmnet.errors import CheckpointError, NonFiniteLossError
 from pmnet.training.metrics import FewShotIoU
-from pmnet.training.module import FewShotModule
+from pmnet.training.module import FewShotModule, plain
 from pmnet.training.pretrain import BackbonePretraining
 
 CLASSES = [3, 5]
@@ -100,10 +100,13 @@ def test_loss_that_is_no_number_names_the_broken_episode(monkeypatch, value):
     module = make_module(monkeypatch)
 
     def break_second(logits):
-        logits[1, 0] = value
+        if len(logits) == 3:  # the batch; then its episodes one by one
+            logits[1, 0] = value
+        elif len(kept) == 2:
+            logits[0, 0] = value
         return logits
 
-    change_logits(module, break_second)
+    kept = change_logits(module, break_second)
     with pytest.raises(NonFiniteLossError) as error:
         module.training_step(make_batch(K=2), 0)
     message = str(error.value)
@@ -139,7 +142,7 @@ def test_validation_scores_its_episodes_and_starts_anew(monkeypatch):
         module.validation_step(batch, 0)
         module.on_validation_epoch_end()
         expected = FewShotIoU(CLASSES)
-        pred = module(batch).argmax(1)
+        pred = module(batch)
         expected.update(pred, batch.query_mask == 1, batch.class_id, batch.query_mask == 255)
         assert module.logged["val/miou"] == expected.compute()["miou"] > 0
         assert module.logged["val/fb_iou"] == expected.compute()["fb_iou"]
@@ -168,7 +171,7 @@ def test_test_result_holds_all_episodes_of_the_last_test_alone(monkeypatch):
             both, either = (pred[b] & truth[b])[counted].sum(), (pred[b] | truth[b])[counted].sum()
             episode_iou[int(batch.index[b])] = 100 * both.item() / either.item()
     assert result.scores == {k: v.tolist() for k, v in ours.compute().items()}
-    assert result.all_foreground == {k: v.tolist() for k, v in everything.compute().items()}
+    assert result.baselines["all_foreground"] == {k: v.tolist() for k, v in everything.compute().items()}
     assert result.episode_iou == pytest.approx(episode_iou, rel=1e-5)
     assert module.logged["test/miou"].item() == result.scores["miou"]
 
@@ -253,7 +256,7 @@ def test_checkpoint_of_another_head_is_refused(options):
     ],
 )
 def test_file_of_another_program_is_refused(checkpoint):
-    with pytest.raises(CheckpointError, match="no checkpoint of this program"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
         make_module().check_checkpoint(checkpoint)
 
 
@@ -280,3 +283,28 @@ def test_pretraining_ignores_pixels_marked_255_and_teaches_the_whole_backbone(mo
     assert loss.item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-5)
     loss.backward()
     assert [n for n, p in module.backbone.named_parameters() if p.grad is None] == []
+
+
+# Floors
+
+
+def test_floors_are_scored_on_the_same_episodes_by_one_pass_of_the_backbone():
+    """Each as if it were tested alone."""
+    backbone = SmallBackbone("none")
+    floors = {"prototype": Prototype(backbone, "layer2"), "nearest": Nearest(backbone, "layer4")}
+    module = FewShotModule(PMNet(backbone), CLASSES, LOSS, partial(SGD, lr=0.1), floors=floors).eval()
+    passes, stem = [], backbone.stem
+    backbone.stem = lambda images: (passes.append(len(images)), stem(images))[1]
+    batches = [make_batch(seed, K=2) for seed in (1, 2)]
+    with torch.no_grad():
+        for i, batch in enumerate(batches):
+            module.log = lambda *_, **__: None
+            module.test_step(batch, i)
+    assert passes == [9, 9]  # 3 queries and 6 supports
+    for name, floor in floors.items():
+        expected = FewShotIoU(CLASSES)
+        for batch in batches:
+            pred = floor.predict(batch.query, batch.support, batch.support_masks)
+            expected.update(pred, batch.query_mask == 1, batch.class_id, batch.query_mask == 255)
+        assert plain(module.test_baselines[name].compute()) == plain(expected.compute())
+    assert not any("floors" in name or "baselines" in name for name in module.state_dict())
