@@ -1,13 +1,15 @@
 """A tiny COCO 2014 as its publisher ships it: three archives; 80 classes, polygons, crowds, overlaps."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from datamodules.benchmarks.coco import CLASSES
+from datamodules.episodes.dataset import Split
 from tests.data.folder import paint
-from tests.data.pack import pack, save
+from tests.data.pack import covering, pack, rgb, save
 
 SIZE = (136, 144)
 MISSING = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # category ids that COCO leaves out
@@ -25,16 +27,41 @@ def file_name(year: str, number: int) -> str:
     return f"COCO_{year}_{number:012d}.jpg"
 
 
-def truth(i: int) -> np.ndarray:
+NEEDED = "train2014"
+PARTIAL = {
+    "instances_val2014.json": "instances_val2014.json",
+    file_name("val2014", number_of(3)): file_name("val2014", number_of(3)),
+}
+NOTES = [f"{year}: {IMAGES + 1} images, {IMAGES} with annotations" for year in YEARS]
+
+
+def mask(i: int) -> np.ndarray:
     """(H, W) uint8 index mask of image i."""
-    mask = np.zeros(SIZE, np.uint8)
+    index = np.zeros(SIZE, np.uint8)
     for quarter, (top, left) in enumerate([(0, 0), (0, 72), (68, 0), (68, 72)]):
-        mask[top : top + 64, left : left + 64] = (4 * i + quarter) % 80 + 1
+        index[top : top + 64, left : left + 64] = (4 * i + quarter) % 80 + 1
     if i % 5 == 0:
-        mask[50:90, 40:60] = (4 * i + 9) % 80 + 1  # a crowd over the rest: 800 pixels, too few to count
+        index[50:90, 40:60] = (4 * i + 9) % 80 + 1  # a crowd over the rest: 800 pixels, too few to count
     if i % 5 == 1:
-        mask[10:20, 10:50] = (4 * i + 2) % 80 + 1  # a second part of another object
-    return mask
+        index[10:20, 10:50] = (4 * i + 2) % 80 + 1  # a second part of another object
+    return index
+
+
+@cache
+def truth() -> dict[str, np.ndarray]:
+    return {f"{year}/{file_name(year, number_of(i))}": mask(i) for year in YEARS for i in range(IMAGES)}
+
+
+def images_of(class_id: int, split: Split) -> list[str]:
+    return [name for name in covering(truth(), class_id) if name.startswith("val" if split == "test" else "train")]
+
+
+def file_of(source: Path, image: str) -> Path:
+    return source / image.split("/")[0] / image
+
+
+def pixels(source: Path, image: str) -> np.ndarray:
+    return rgb(file_of(source, image))
 
 
 def box(top: int, left: int, height: int, width: int) -> list[int]:
@@ -61,7 +88,7 @@ def write(root: Path, archives: bool = True) -> Path:
     for year in YEARS:
         images, objects = [], []
         for i in range(IMAGES):
-            image = paint(truth(i), random)
+            image = paint(mask(i), random)
             save(image[..., 0] if i == 7 else image, root / year / year / file_name(year, number_of(i)))
             images.append(
                 {"id": number_of(i), "file_name": file_name(year, number_of(i)), "height": SIZE[0], "width": SIZE[1]}

@@ -1,14 +1,18 @@
 """A tiny Deepglobe as Kaggle ships it: archive.zip, colours as masks; here images of 6x6 tiles of 34x34."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from datamodules.episodes.dataset import Split
 from tests.data.folder import paint
-from tests.data.pack import pack, save
+from tests.data.pack import covering, pack, rgb, save
 
 TILE = 34
 NUMBERS = [119, 2334, 100694, 6399, 855]
+NEEDED = "<id>_mask.png"
+PARTIAL = {"2334_sat.jpg": "2334_sat.jpg"}
 COLOURS = np.array(  # unknown, urban, agriculture, rangeland, forest, water, barren
     [[0, 0, 0], [0, 255, 255], [255, 255, 0], [255, 0, 255], [0, 255, 0], [0, 0, 255], [255, 255, 255]], np.uint8
 )
@@ -31,6 +35,28 @@ def kept(number: int, i: int, j: int) -> bool:
     """The rule, counted plainly: more than one colour, none under 4.8%."""
     counts = [int((tile(number, i, j) == v).sum()) for v in range(7)]
     return sum(c > 0 for c in counts) > 1 and all(c > 0.048 * TILE**2 for c in counts if c)
+
+
+@cache
+def truth() -> dict[str, np.ndarray]:
+    places = [(n, i, j) for n in NUMBERS for i in range(6) for j in range(6)]
+    return {f"{n}_{i}{j}": tile(n, i, j) for n, i, j in places if kept(n, i, j)}
+
+
+NOTES = [f"{len(truth())} tiles kept of 180", "PATNet's paper: 5,666"]
+
+
+def images_of(class_id: int, split: Split) -> list[str]:
+    return covering(truth(), class_id, pixels=1)
+
+
+def file_of(source: Path, image: str) -> Path:
+    return source / "archive" / "train" / f"{image.split('_')[0]}_sat.jpg"
+
+
+def pixels(source: Path, image: str) -> np.ndarray:
+    row, column = (TILE * int(place) for place in image[-2:])
+    return rgb(file_of(source, image))[row : row + TILE, column : column + TILE]
 
 
 def write(root: Path, archives: bool = True) -> Path:

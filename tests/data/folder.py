@@ -1,4 +1,4 @@
-"""Tiny folders of images and masks, in the two layouts of datamodules/folder.py."""
+"""Tiny folders of images and masks, in the two layouts of datamodules/own/folder.py."""
 
 from collections.abc import Sequence
 from pathlib import Path

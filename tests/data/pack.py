@@ -1,4 +1,4 @@
-"""What the tiny benchmarks share: drawn images, and the archives that publishers ship."""
+"""Helpers of the tiny benchmarks: images, masks, archives, the rule of the lists."""
 
 import shutil
 import tarfile
@@ -23,8 +23,18 @@ def halves(left: int, right: int, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
+def rgb(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 of an image file."""
+    return np.array(Image.open(path).convert("RGB"))
+
+
+def covering(masks: dict[str, np.ndarray], class_id: int, pixels: int = 2 * 32 * 32) -> list[str]:
+    """Names of the images whose mask shows a class on at least so many pixels."""
+    return [name for name, mask in masks.items() if (mask == class_id + 1).sum() >= pixels]
+
+
 def pack(folder: Path, archive: Path) -> None:
-    """Packs what is in `folder` into `archive`, and takes the folder away."""
+    """Packs the contents of `folder` into `archive` and deletes the folder."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive, "w") as file:
             for path in sorted(folder.rglob("*")):

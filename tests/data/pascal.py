@@ -1,13 +1,15 @@
 """A tiny PASCAL VOC 2012 and SBD as their publishers ship them: two archives, palette masks, MATLAB files."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+from datamodules.episodes.dataset import Split
 from tests.data.folder import paint
-from tests.data.pack import halves, pack, save
+from tests.data.pack import covering, halves, pack, rgb, save
 
 SIZE = (84, 112)
 VOC_VAL = [f"2007_{i:06d}" for i in range(100, 160)]
@@ -15,17 +17,38 @@ VOC_TRAIN = [f"2008_{i:06d}" for i in range(200, 220)]
 SBD_ONLY = [f"2009_{i:06d}" for i in range(300, 340)]
 SBD_TOO = [VOC_TRAIN[0], VOC_VAL[0]]  # annotated by both, differently
 UNLABELLED = ["2010_000001", "2010_000002"]
+IMAGES = Path("VOCtrainval_11-May-2012", "VOCdevkit", "VOC2012", "JPEGImages")
+NEEDED = "JPEGImages"
+PARTIAL = {"2007_000100.jpg": "2007_000100.jpg", "val.txt": "val.txt"}
+NOTES = ["80 masks of VOC 2012", "40 masks of SBD, where VOC has none"]
 
 
-def truth(name: str) -> np.ndarray:
+def mask(name: str) -> np.ndarray:
     """(H, W) uint8 index mask: two classes side by side, VOC's with a border of 255, one in ten with a tiny third."""
     i = int(name[-6:])
-    mask = halves(i % 20 + 1, (i + 1) % 20 + 1, SIZE)
+    index = halves(i % 20 + 1, (i + 1) % 20 + 1, SIZE)
     if i % 10 == 3:
-        mask[:, :4] = (i + 7) % 20 + 1  # 336 pixels: too few to count
+        index[:, :4] = (i + 7) % 20 + 1  # 336 pixels: too few to count
     if name not in SBD_ONLY:
-        mask[2:4, 2:-2] = mask[-4:-2, 2:-2] = 255
-    return mask
+        index[2:4, 2:-2] = index[-4:-2, 2:-2] = 255
+    return index
+
+
+@cache
+def truth() -> dict[str, np.ndarray]:
+    return {name: mask(name) for name in VOC_VAL + VOC_TRAIN + SBD_ONLY}
+
+
+def images_of(class_id: int, split: Split) -> list[str]:
+    return [name for name in covering(truth(), class_id) if (name in VOC_VAL) == (split == "test")]
+
+
+def file_of(source: Path, image: str) -> Path:
+    return source / IMAGES / f"{image}.jpg"
+
+
+def pixels(source: Path, image: str) -> np.ndarray:
+    return rgb(file_of(source, image))
 
 
 def palette() -> list[int]:
@@ -38,19 +61,19 @@ def palette() -> list[int]:
 
 def write(root: Path, archives: bool = True) -> Path:
     random = np.random.default_rng(0)
-    voc = root / "VOCtrainval_11-May-2012"
-    year, sbd = voc / "VOCdevkit" / "VOC2012", root / "benchmark"
+    images, sbd = root / IMAGES, root / "benchmark"
+    year = images.parent
     dataset = sbd / "benchmark_RELEASE" / "dataset"
     for name in [*VOC_VAL, *VOC_TRAIN, *SBD_ONLY]:
-        save(paint(truth(name), random), year / "JPEGImages" / f"{name}.jpg")
+        save(paint(mask(name), random), images / f"{name}.jpg")
     for name in UNLABELLED:
-        save(paint(np.zeros(SIZE, np.uint8), random), year / "JPEGImages" / f"{name}.jpg")
+        save(paint(np.zeros(SIZE, np.uint8), random), images / f"{name}.jpg")
     for name in [*VOC_VAL, *VOC_TRAIN]:
-        mask = Image.fromarray(truth(name)).convert("P")
-        mask.putdata(truth(name).ravel().tolist())
-        mask.putpalette(palette())
+        indexed = Image.fromarray(mask(name)).convert("P")
+        indexed.putdata(mask(name).ravel().tolist())
+        indexed.putpalette(palette())
         (year / "SegmentationClass").mkdir(exist_ok=True)
-        mask.save(year / "SegmentationClass" / f"{name}.png")
+        indexed.save(year / "SegmentationClass" / f"{name}.png")
     lists = year / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     for part, names in (("train", VOC_TRAIN), ("val", VOC_VAL), ("trainval", sorted(VOC_TRAIN + VOC_VAL))):
@@ -59,12 +82,12 @@ def write(root: Path, archives: bool = True) -> Path:
     (year / "Annotations" / f"{VOC_VAL[0]}.xml").write_text("<annotation/>\n")
     (dataset / "cls").mkdir(parents=True)
     for name in [*SBD_ONLY, *SBD_TOO]:
-        mask = truth(name) if name in SBD_ONLY else np.full(SIZE, 9, np.uint8)
-        truths = {"Segmentation": mask, "Boundaries": np.zeros((20, 1)), "CategoriesPresent": np.unique(mask)}
+        index = mask(name) if name in SBD_ONLY else np.full(SIZE, 9, np.uint8)
+        truths = {"Segmentation": index, "Boundaries": np.zeros((20, 1)), "CategoriesPresent": np.unique(index)}
         savemat(dataset / "cls" / f"{name}.mat", {"GTcls": truths}, do_compression=True)
     (dataset / "train.txt").write_text("".join(f"{n}\n" for n in [*SBD_ONLY, SBD_TOO[0]]))
     (dataset / "val.txt").write_text(f"{SBD_TOO[1]}\n")
     if archives:
-        pack(voc, root / "VOCtrainval_11-May-2012.tar")
+        pack(root / IMAGES.parts[0], root / f"{IMAGES.parts[0]}.tar")
         pack(sbd, root / "benchmark.tgz")
     return root

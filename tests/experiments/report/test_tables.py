@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from datamodules.prepare.ready import prepare
 from tests.conftest import ROOT, results, run
 from tests.data import fss
-from tests.datamodules.benchmarks.test_benchmarks import PACKAGES
+from tests.data.fixture import FIXTURES, KINDS
 
 TABLES = sorted(p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml") if p.stem.startswith(("table", "fss")))
 TINY = (
@@ -20,12 +20,12 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """All seven, prepared."""
+    """All benchmarks, prepared; FSS-1000 with lists, because built ones would have other test classes."""
     root = tmp_path_factory.mktemp("benchmarks")
-    fss.write_lists(root / "splits" / "fss")
-    for name, (kind, package) in PACKAGES.items():
-        splits = root / "splits" if name == "fss" else None
-        prepare(kind, [package.write(root / "published" / name)], root / "data", splits, download=False)
+    given = {"fss": fss.write_lists(root / "splits" / "fss")}
+    for name, fixture in FIXTURES.items():
+        source = fixture.write(root / "published" / name)
+        prepare(KINDS[name], [source], root / "data", given.get(name), download=False)
     return root / "data"
 
 
