@@ -135,6 +135,12 @@ class WandbLogger(LightningWandbLogger):
         self.guard(send)
 
 
+def finish(code: int) -> None:
+    """Ends the W&B run, if one is open."""
+    with suppress(Exception):  # a W&B that failed was reported when it did
+        wandb.finish(exit_code=code)
+
+
 def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     """The CSV logger, and the chosen one beside it."""
     keep_earlier(folder / "metrics.csv")

@@ -137,7 +137,9 @@ def test_misspelt_option_keeps_hydras_message(option):
 
 
 def test_first_start_without_data_says_what_to_do(tmp_path):
-    done = run("dataset=folder", "dataset.root=null", f"hydra.run.dir={tmp_path}")  # whatever conf/local says
+    done = run(
+        "dataset=folder", "dataset.root=null", "backbone=small", f"hydra.run.dir={tmp_path}"
+    )  # whatever conf/local says
     assert done.returncode == 1
     assert "dataset.root=" in done.stderr
     assert "experiment=quickstart" in done.stderr
@@ -146,7 +148,7 @@ def test_first_start_without_data_says_what_to_do(tmp_path):
 
 def test_integers_sweep_over_groups(tmp_path):
     sweep = ["fold=0,1", "shot=1,5", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path}", "-m"]
-    done = run("dataset=folder", "dataset.root=null", *sweep)
+    done = run("dataset=folder", "dataset.root=null", "backbone=small", *sweep)
     assert done.returncode == 1, done.stderr
     settings = []
     for job in sorted(tmp_path.glob("*/.hydra/config.yaml")):

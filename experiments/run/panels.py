@@ -43,8 +43,7 @@ def predict(module: FewShotModule, episode: Episode) -> Tensor:
     batch = Episode.collate([episode])
     device = next(module.parameters()).device
     module.eval()
-    logits = module.network(batch.query.to(device), batch.support.to(device), batch.support_masks.to(device))
-    return logits.argmax(dim=1)[0].bool().cpu()
+    return module(batch.to(device))[0].cpu()
 
 
 def figure(rows: list[tuple[str, Episode, Tensor]]) -> Figure:

@@ -18,7 +18,8 @@ from torch import nn
 
 from datamodules import FewShotDataModule
 from experiments.files import read_json
-from pmnet.methods.pmnet.network import PMNet
+from experiments.run.checkpoints import Checkpoint
+from pmnet.methods import Method
 from pmnet.training.module import TestResult
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy", "pillow")
@@ -27,20 +28,23 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "
 def make(
     cfg: DictConfig,
     data: FewShotDataModule,
-    network: PMNet,
+    network: Method,
     trainer: L.Trainer,
     result: TestResult,
     untrained: TestResult | None,
-    ckpt: Path,
-    checkpoint: dict[str, Any],
+    checkpoint: Checkpoint | None,
     clock: dict[str, float],
 ) -> dict[str, Any]:
-    """The record of a run, as plain values."""
-    names, trained, run = data.test_classes, checkpoint["record"], ckpt.absolute().parent.parent
+    """The record of a run, as plain values.
+
+    Args:
+        checkpoint: what was tested; None for a method that learns nothing.
+    """
+    names = data.test_classes
     choices = HydraConfig.get().runtime.choices
-    baselines = {"all_foreground": scores(result.all_foreground, names)}
-    if untrained:
-        baselines["untrained"] = scores(untrained.scores, names)
+    baselines = result.baselines | ({"untrained": untrained.scores} if untrained else {})
+    trained = checkpoint.record if checkpoint else {}
+    seen = data.seen(trained["base_classes"], trained["dataset"]) if checkpoint else []
     return {
         "mode": cfg.mode,
         "setting": {"target": data.target.name}
@@ -48,20 +52,13 @@ def make(
         | {"fold": cfg.fold.index, "folds": 0 if cfg.fold.index == "all" else len(data.dataset.folds)}
         | {"shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed},
         "test": scores(result.scores, names),
-        "baselines": baselines,
+        "baselines": {name: scores(raw, names) for name, raw in baselines.items()},
         "episodes": data.provenance,
         "backbone": network.backbone.provenance.as_dict(),
         "parameters": {"learnable": learnable(network), "frozen": frozen(network)},
-        "checkpoint": {
-            "path": str(ckpt),
-            "selection": selection(trained["validation"], data)
-            if ckpt.name == "best.ckpt" and "validation" in trained
-            else None,
-            "val_miou": round(val_miou(checkpoint), 4) if ckpt.name == "best.ckpt" else None,
-        },
-        "training": {"run": str(run), "commit": read_json(run / "training.json").get("commit")}
-        | {"epochs": checkpoint["epoch"] + 1, "steps": checkpoint["global_step"], **trained},
-        "tested_classes_seen_in_training": data.seen(trained["base_classes"], trained["dataset"]),
+        "checkpoint": checkpoint_record(checkpoint, data),
+        "training": training_record(checkpoint),
+        "tested_classes_seen_in_training": seen,
         "seconds": {
             "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
             "test": round(clock["end"] - clock["test"], 1),
@@ -72,19 +69,34 @@ def make(
     } | origin(cfg)
 
 
+def checkpoint_record(checkpoint: Checkpoint | None, data: FewShotDataModule) -> dict[str, Any]:
+    """Which checkpoint was tested, and how it was chosen; empty for a method that learns nothing."""
+    if checkpoint is None:
+        return {}
+    chosen = checkpoint.path.name == "best.ckpt"
+    validation = checkpoint.record.get("validation")
+    return {
+        "path": str(checkpoint.path),
+        "selection": selection(validation, data) if chosen and validation else None,
+        "val_miou": round(checkpoint.val_miou, 4) if chosen else None,
+    }
+
+
+def training_record(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """How the tested weights were trained; empty for a method that learns nothing."""
+    if checkpoint is None:
+        return {}
+    commit = read_json(checkpoint.run / "training.json").get("commit")
+    epochs, steps = checkpoint.content["epoch"] + 1, checkpoint.content["global_step"]
+    return {"run": str(checkpoint.run), "commit": commit, "epochs": epochs, "steps": steps, **checkpoint.record}
+
+
 def selection(validation: dict[str, Any], data: FewShotDataModule) -> str:
     """How the best epoch was chosen."""
     best = f"the epoch with the best mIoU on {validation['episodes']} validation episodes of {validation['dataset']}"
     if (validation["dataset"], validation["classes"]) == (data.target.name, data.test_classes):
         return f"{best}, which are the head of the test list, on the same novel classes (the field's convention)"
     return f"{best}, on other classes than those of the test"
-
-
-def val_miou(checkpoint: dict[str, Any]) -> float:
-    """The best validation mIoU in percent of the training up to a checkpoint; NaN without a validation."""
-    states = [s for s in checkpoint["callbacks"].values() if s.get("monitor") == "val/miou"]
-    best = states[0]["best_model_score"] if states else None
-    return float("nan") if best is None else float(best)
 
 
 def scores(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -134,7 +146,7 @@ def write_episodes(path: Path, data: FewShotDataModule, result: TestResult) -> N
             writer.writerow([index, name, spec.query, json.dumps(spec.supports), f"{iou:.2f}"])
 
 
-def print_setting(cfg: DictConfig, data: FewShotDataModule, network: PMNet) -> None:
+def print_setting(cfg: DictConfig, data: FewShotDataModule, network: Method) -> None:
     """What is about to run, with learnable and frozen parameters apart."""
     made = network.backbone.provenance
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig
 
+from experiments.errors import UserError
 from experiments.loggers import WandbLogger
 from experiments.run.processes import is_first
 from experiments.sweep.trainings import will_be_back
@@ -104,6 +106,24 @@ class Requeue(L.Callback):
                 requeue()
         logging.shutdown()
         os._exit(1)
+
+
+def slurm_callbacks(trainer: DictConfig, folder: Path) -> list[L.Callback]:
+    """What a job under Slurm needs; nothing elsewhere.
+
+    Raises:
+        UserError: Slurm started another number of processes than the Trainer is to have.
+    """
+    if not Requeue.wanted():
+        return []
+    for name, variable in (("devices", "SLURM_NTASKS_PER_NODE"), ("num_nodes", "SLURM_NNODES")):
+        have, want = os.environ.get(variable), trainer[name]
+        if have is not None and str(want) != have:
+            raise UserError(
+                f"Slurm gave this job {variable}={have}, but trainer.{name}={want}. They follow from launcher.devices "
+                "and launcher.nodes, which hold for the whole sweep: start a sweep for each number of devices."
+            )
+    return [Requeue(folder)]
 
 
 def leave_if_asked(trainer: L.Trainer) -> None:

@@ -23,10 +23,10 @@ from datamodules import FewShotDataModule
 from datamodules.episodes.sampler import json_hash
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
-from experiments.run.checkpoints import find_checkpoint, put_aside
+from experiments.run.checkpoints import in_run, put_aside
 from experiments.run.processes import is_first, processes_of_slurm
 from experiments.run.results import commit
-from pmnet.methods.pmnet.network import PMNet
+from pmnet.methods import Method
 
 log = logging.getLogger(__name__)
 ABSENCE = 600  # seconds for which a training is kept for the job that Slurm is about to start again
@@ -37,7 +37,7 @@ MACHINE = {  # of trainer
 PLACES = {"root", "splits"}  # of a dataset: its files' content counts, not where they lie
 
 
-def shape(cfg: DictConfig, data: FewShotDataModule, network: PMNet, processes: int) -> dict[str, Any]:
+def shape(cfg: DictConfig, data: FewShotDataModule, network: Method, processes: int) -> dict[str, Any]:
     """All that shapes the weights a training ends with, as plain values; not what is tested, nor on what machine.
 
     The number of processes is in it, as each normalises its own part of a batch.
@@ -104,7 +104,7 @@ def claim(
                 put_aside(folder)  # what this job had itself trained of it before another went on with that
             write_json(folder / "training.json", read_json(run / "training.json") | {"attempt": attempt()})
         else:
-            if resume and not find_checkpoint(None, folder, "last"):
+            if resume and not in_run(folder, "last"):
                 take_over(run, folder, fingerprint)
             write_json(entry, {"run": str(folder.absolute())})
             with marked(folder, record | {"shape": shape}):
@@ -162,19 +162,19 @@ def marked(folder: Path, record: dict[str, Any]) -> Iterator[None]:
 
 def is_finished(run: Path, fingerprint: str) -> bool:
     training = read_json(run / "training.json")
-    kept = find_checkpoint(None, run, "best") or find_checkpoint(None, run, "last")
+    kept = in_run(run, "best") or in_run(run, "last")
     return training.get("fingerprint") == fingerprint and training["finished"] and kept is not None
 
 
 def holds_another(folder: Path, fingerprint: str) -> bool:
     """Whether a training of another shape is gone on with, say one of fewer epochs: its end is of neither shape."""
-    begun = find_checkpoint(None, folder, "last")
+    begun = in_run(folder, "last")
     return begun is not None and read_json(folder / "training.json").get("fingerprint") != fingerprint
 
 
 def take_over(run: Path, folder: Path, fingerprint: str) -> None:
     """Copies the checkpoints and curves of a training that was interrupted in the folder `run`."""
-    if read_json(run / "training.json").get("fingerprint") != fingerprint or not find_checkpoint(None, run, "last"):
+    if read_json(run / "training.json").get("fingerprint") != fingerprint or not in_run(run, "last"):
         return
     log.info("Going on with the training that was interrupted in %s", run)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

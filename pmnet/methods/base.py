@@ -18,7 +18,7 @@ positions (hq * wq), S support positions (hs * ws), L blocks of one stage.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -192,7 +192,7 @@ class Method(nn.Module):
         feats = self.features(episode.query, episode.support, episode.support_masks)
         return self.head.loss(*feats, episode.support_masks, masks, criterion)
 
-    def learned(self) -> Iterable[Any]:
+    def learned(self) -> list[Any]:
         """Parameters, or groups of them, for the optimiser; none where the method learns nothing."""
         return [p for p in self.parameters() if p.requires_grad]
 

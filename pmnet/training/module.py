@@ -148,13 +148,9 @@ class FewShotModule(L.LightningModule):
 
     # A checkpoint holds what is learned, and says which backbone it needs.
 
-    def learned_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Of this module's state dict, what a checkpoint holds."""
-        saved = {PREFIX + name for name in self.network.saved()}
-        return {name: value for name, value in state.items() if name in saved or not name.startswith(PREFIX)}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = self.learned_state(checkpoint["state_dict"])
+        frozen = {PREFIX + name for name in set(self.network.state_dict()) - self.network.saved()}
+        state = {name: value for name, value in checkpoint["state_dict"].items() if name not in frozen}
         bad = [k for k, v in state.items() if not torch.isfinite(v).all()]
         if bad:
             raise NonFiniteLossError(
@@ -165,35 +161,38 @@ class FewShotModule(L.LightningModule):
         checkpoint["backbone"] = self.network.backbone.provenance.as_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_checkpoint(checkpoint)
+        check_checkpoint(checkpoint, self.network)
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
 
-    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises CheckpointError where a checkpoint is of another backbone or another network."""
-        have = self.network.backbone.provenance
-        need = checkpoint.get("backbone")
-        wanted = {"backbone", "weights", "source", "sha256"}
-        if not isinstance(need, dict) or not wanted <= need.keys() or "state_dict" not in checkpoint:
-            raise CheckpointError(
-                "This file is not a checkpoint of this program: it does not say which backbone it needs. Checkpoints "
-                "of a method's authors are read by pmnet.methods.from_release(name, state_dict)."
-            )
-        if need["sha256"] != have.sha256:
-            raise CheckpointError(
-                f"The checkpoint needs backbone {need['backbone']} with weights '{need['weights']}' ({need['source']}, "
-                f"sha256 {need['sha256'][:8]}), but this is {have.backbone} with weights '{have.weights}' "
-                f"({have.source}, sha256 {have.sha256[:8]}). Choose backbone={need['backbone']} "
-                f"backbone.weights={need['weights']}."
-            )
-        saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items()}
-        own = {k: tuple(v.shape) for k, v in self.learned_state(self.state_dict()).items()}
-        if saved != own:
-            differ = sorted(k for k in saved.keys() | own.keys() if saved.get(k) != own.get(k))
-            raise CheckpointError(
-                f"The checkpoint is of another network: {len(differ)} tensors differ (for instance '{differ[0]}': "
-                f"{saved.get(differ[0], 'absent')} in the file, {own.get(differ[0], 'absent')} here). "
-                "Choose the model it was trained with (model=..., model.b3dconvs=..., backbone=...)."
-            )
+
+def check_checkpoint(checkpoint: dict[str, Any], network: Method) -> None:
+    """Raises CheckpointError where a checkpoint is of another backbone or another network."""
+    have = network.backbone.provenance
+    need = checkpoint.get("backbone")
+    wanted = {"backbone", "weights", "source", "sha256"}
+    if not isinstance(need, dict) or not wanted <= need.keys() or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            "This file is not a checkpoint of this program: it does not say which backbone it needs. Checkpoints "
+            "of a method's authors are read by pmnet.methods.from_release(name, state_dict)."
+        )
+    if need["sha256"] != have.sha256:
+        raise CheckpointError(
+            f"The checkpoint needs backbone {need['backbone']} with weights '{need['weights']}' ({need['source']}, "
+            f"sha256 {need['sha256'][:8]}), but this is {have.backbone} with weights '{have.weights}' "
+            f"({have.source}, sha256 {have.sha256[:8]}). Choose backbone={need['backbone']} "
+            f"backbone.weights={need['weights']}."
+        )
+    state = network.state_dict()
+    own = {PREFIX + name: tuple(state[name].shape) for name in network.saved()}
+    saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items() if k.startswith(PREFIX)}
+    if saved != own:
+        differ = sorted(k for k in saved.keys() | own.keys() if saved.get(k) != own.get(k))
+        raise CheckpointError(
+            f"The checkpoint is of another network than {type(network).__name__} as configured: {len(differ)} tensors "
+            f"differ (for instance '{differ[0]}': {saved.get(differ[0], 'absent')} in the file, "
+            f"{own.get(differ[0], 'absent')} here). Choose the model it was trained with (model=..., "
+            "model.b3dconvs=..., backbone=...)."
+        )
 
 
 def part(batch: "Episode", i: int) -> "Episode":

@@ -14,8 +14,8 @@ from hydra.utils import instantiate
 
 from experiments.files import read_json
 from experiments.run.callbacks import StepSeed
-from experiments.run.checkpoints import checkpoint_callbacks
-from experiments.run.job import OURS
+from experiments.run.checkpoints import callbacks as checkpoint_callbacks
+from experiments.run.trainer import OURS
 from experiments.sweep.preemption import Requeue
 from pmnet.training.module import FewShotModule
 from tests.conftest import ROOT, TINY, command, results, run

@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_leaves_what_is_needed_to_trust_and_repeat_it(trained: Path) -> None:
     record = results(trained)
     assert record["setting"] | {"fold": 0, "shot": 1, "seed": 0, "dataset": "synthetic"} == record["setting"]
-    assert set(record["baselines"]) == {"all_foreground", "untrained"}
+    assert set(record["baselines"]) == {"all_foreground", "prototype", "nearest", "untrained"}
     assert len(record["test"]["iou_per_class"]) == 5
     assert record["test"]["miou"] == pytest.approx(sum(record["test"]["iou_per_class"].values()) / 5, abs=1e-3)
     assert record["parameters"]["frozen"] == 907_256
@@ -104,7 +104,7 @@ def test_killed_training_resumes_to_the_same_result(trained: Path, tmp_path: Pat
     assert not (tmp_path / "results.json").exists()
     done = run(*whole)
     assert done.returncode == 0, done.stderr
-    assert f"Going on from {last}" in done.stdout + done.stderr
+    assert f"Resuming from {last}" in done.stdout + done.stderr
     assert results(tmp_path)["test"] == results(trained)["test"]
     assert (tmp_path / "metrics-1.csv").exists() or "Epoch 1/3" not in done.stdout
 
@@ -145,7 +145,7 @@ def test_interrupted_run_is_gone_on_with_before_the_checkpoint_that_began_it(tra
     setting = [*TINY, f"ckpt={trained}", f"hydra.run.dir={tmp_path}"]
     assert run(*setting, "trainer.max_epochs=4").returncode == 0
     done = run(*setting, "trainer.max_epochs=5")
-    assert f"Going on from {tmp_path}" in done.stdout + done.stderr
+    assert f"Resuming from {tmp_path}" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

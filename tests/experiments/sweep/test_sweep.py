@@ -145,7 +145,7 @@ def test_killed_job_is_reported_and_the_sweep_started_again_finishes_it(tmp_path
     again = run("-m", *setting, f"trainings={tmp_path}/trainings", f"hydra.sweep.dir={tmp_path}/again")
     assert again.returncode == 0, again.stderr
     assert f"Going on with the training that was interrupted in {first}" in again.stdout + again.stderr
-    assert f"Trained already in {tmp_path}/sweep/1-" in again.stdout + again.stderr
+    assert f"Already trained in {tmp_path}/sweep/1-" in again.stdout + again.stderr
     alone = run(*setting[:-1], f"hydra.run.dir={tmp_path}/alone")
     assert alone.returncode == 0, alone.stderr
     assert results(tmp_path / "alone")["test"] == results(jobs_of(tmp_path / "again")[0])["test"]

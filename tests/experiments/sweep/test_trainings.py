@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
-from experiments.run.checkpoints import find_checkpoint
+from experiments.run.checkpoints import given
 from experiments.sweep import trainings
 from tests.conftest import ROOT, TINY
 
@@ -79,7 +79,7 @@ def test_second_job_finds_the_training_of_the_first(tmp_path: Path) -> None:
     assert train(tmp_path / "store", a) is None
     assert train(tmp_path / "store", b) == a.absolute()
     assert not (b / "checkpoints").exists()
-    assert find_checkpoint(str(b), None, "best") == a / "checkpoints" / "best.ckpt"
+    assert given(str(b), "best") == a / "checkpoints" / "best.ckpt"
     assert read_json(b / "training.json")["run"] == str(a)
 
 
@@ -209,7 +209,7 @@ def test_checkpoints_of_a_training_that_went_on_elsewhere_are_put_aside(tmp_path
         train(tmp_path / "store", a, fail=True)
     assert train(tmp_path / "store", b) is None
     assert train(tmp_path / "store", a) == b
-    assert find_checkpoint(str(a), None, "best") == b / "checkpoints" / "best.ckpt"
+    assert given(str(a), "best") == b / "checkpoints" / "best.ckpt"
     assert (a / "checkpoints-before-1" / "last.ckpt").read_text() == "of a"
 
 

@@ -13,7 +13,7 @@ from pmnet import Nearest, PMNet, Prototype
 from pmnet.backbones import SmallBackbone
 from pmnet.errors import CheckpointError, NonFiniteLossError
 from pmnet.training.metrics import FewShotIoU
-from pmnet.training.module import FewShotModule, plain
+from pmnet.training.module import FewShotModule, check_checkpoint, plain
 from pmnet.training.pretrain import BackbonePretraining
 
 CLASSES = [3, 5]
@@ -232,16 +232,16 @@ def test_checkpoint_is_refused_after_the_weights_file_of_its_backbone_was_replac
     state["layer4.0.conv1.weight"] += 1
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"mine\.pth"):
-        FewShotModule(PMNet(SmallBackbone(str(path))), CLASSES, LOSS, partial(SGD, lr=0.1)).check_checkpoint(checkpoint)
+        check_checkpoint(checkpoint, PMNet(SmallBackbone(str(path))))
 
 
 @pytest.mark.parametrize("options", [{"norm": "group"}, {"b3dconvs": False}, {"linear_heads": True}])
 def test_checkpoint_of_another_head_is_refused(options):
     own, theirs = make_module(), make_module(**options)
-    own.check_checkpoint(saved(make_module()))
+    check_checkpoint(saved(make_module()), own.network)
     for module, checkpoint in ((own, saved(theirs)), (theirs, saved(own))):
         with pytest.raises(CheckpointError, match=r"another network.*'network\.head\."):
-            module.check_checkpoint(checkpoint)
+            check_checkpoint(checkpoint, module.network)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_checkpoint_of_another_head_is_refused(options):
 )
 def test_file_of_another_program_is_refused(checkpoint):
     with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
-        make_module().check_checkpoint(checkpoint)
+        check_checkpoint(checkpoint, make_module().network)
 
 
 # Pre-training of a backbone

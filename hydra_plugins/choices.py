@@ -1,10 +1,9 @@
 """Lets integers and null choose from config groups: `fold=0`, `fold=0,1,2,3`, `shot=range(1,6)`, `target=null`.
 
-Hydra 1.3 reads `fold=0` as an int and refuses it for a group ("must be a string or a list"), while `fold='0'`
-is accepted; it refuses `target=null` and wants `~target`. This is the one place where the first is read as the
-second. Hydra imports every module of
-`hydra_plugins` before it composes a config, so it holds for the command line, for the jobs of a sweep under
-any launcher, and for `hydra.compose`.
+Hydra 1.3 reads `fold=0` as an int and refuses it for a group ("must be a string or a list"), while it accepts
+`fold='0'`; it refuses `target=null` and expects `~target`. This module reads the first form as the second. Hydra
+imports every module of `hydra_plugins` before it composes a config, so this holds for the command line, for the jobs of
+a sweep under any launcher, and for `hydra.compose`.
 """
 
 from functools import wraps

@@ -1,0 +1,91 @@
+"""How a job ends when something goes wrong: one message, failure.json, and an exit code that is not 0."""
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
+from rich.markup import escape
+
+from datamodules.errors import DatasetError
+from experiments import loggers
+from experiments.errors import UserError, explain
+from experiments.files import write_json
+from experiments.run.processes import is_first, processes_of_slurm
+from experiments.sweep import jobs, trainings
+from experiments.sweep.preemption import Requeue, leave_after_error
+from pmnet.errors import PMNetError
+
+log = logging.getLogger(__name__)
+EXPECTED = (PMNetError, DatasetError, UserError, MisconfigurationException)
+
+
+@dataclass
+class Outcome:
+    """What a job returns to a sweep: validation mIoU in percent, NaN where it failed."""
+
+    score: float = float("nan")
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[Outcome]:
+    """Runs a job's work; an error that the user can fix becomes one message and exit code 1.
+
+    The failure is written to `failure.json`. In a sweep it does not end the other jobs.
+    """
+    if jobs.is_sweep_job() or "LOCAL_RANK" in os.environ:
+        jobs.end_with_parent()
+    if is_first():
+        for name in ("failure.json", "results.json"):  # those of an earlier run in the same folder
+            (folder / name).unlink(missing_ok=True)
+    outcome, code = Outcome(), 1
+    try:
+        yield outcome
+        code = 0
+    except SIGTERMException:
+        write_down(folder, "The process was asked to end (SIGTERM).")
+        log.info("Asked to end (SIGTERM). The same command resumes after the last whole epoch.")
+        sys.exit(128 + signal.SIGTERM)
+    except Exception as error:
+        message = as_message(error)
+        if Requeue.was_asked():  # an error that follows from being ended is not a failure of the job
+            log.error("After Slurm asked for this job's place: %s", message or repr(error))
+            leave_after_error()
+        if message or not (folder / "failure.json").exists():  # else another process of this job failed first
+            write_down(folder, message or repr(error), traceback.format_exc())
+        if message is None:
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:
+                raise
+            traceback.print_exc()
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]Error:[/] {escape(message or repr(error))}", highlight=False
+        )
+        if HydraConfig.get().mode is RunMode.MULTIRUN and processes_of_slurm() < 2:  # else srun ends the others
+            outcome.score = jobs.passed_over(message or repr(error))
+            return
+        sys.exit(1)
+    finally:
+        loggers.finish(code)
+
+
+def write_down(folder: Path, error: str, trace: str | None = None) -> None:
+    write_json(folder / "failure.json", {"error": error, "traceback": trace, "attempt": trainings.attempt()})
+
+
+def as_message(error: Exception) -> str | None:
+    """The message of an error that the user can fix; None for any other."""
+    cause = error.__cause__ if isinstance(error, InstantiationException) else error
+    if type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed: {str(cause).splitlines()[0]}. Use trainer.compile=false."
+    return explain(cause) if isinstance(cause, EXPECTED) else None

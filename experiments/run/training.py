@@ -1,0 +1,132 @@
+"""mode=train and mode=test: train on the base classes, test on the novel ones, write down the results."""
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from datamodules import FewShotDataModule
+from experiments.files import write_json
+from experiments.loggers import WandbLogger, make_loggers
+from experiments.run import checkpoints, panels, results
+from experiments.run.callbacks import EpochLog, StepSeed
+from experiments.run.checkpoints import Checkpoint
+from experiments.run.trainer import make_trainer
+from experiments.sweep import trainings
+from experiments.sweep.preemption import leave_if_asked, was_requeued
+from pmnet.backbones import Backbone
+from pmnet.methods import Method
+from pmnet.training.module import FewShotModule, TestResult
+
+log = logging.getLogger(__name__)
+
+
+def train_and_test(cfg: DictConfig, folder: Path) -> float:
+    """Leaves the results in `folder`; returns the best validation mIoU in percent, NaN without a validation."""
+    loggers = make_loggers(cfg, folder)  # first, so that W&B shows a job that fails in what follows
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    network, start = build(cfg, folder)
+    data: FewShotDataModule = instantiate(cfg.episodes)
+    network.check_sides(data.image_size)
+    network.check_shots(data.shot)
+    if cfg.fold.index == "all" and data.same:
+        log.warning("fold=all: every class is trained on, so the tested classes are not novel.")
+    data.setup("test" if cfg.mode == "test" else "fit")
+    floors = {name: instantiate(floor, backbone=network.backbone) for name, floor in (cfg.floors or {}).items()}
+    module = FewShotModule(
+        network,
+        data.test_class_ids,
+        instantiate(cfg.loss),
+        instantiate(cfg.optimizer),
+        instantiate(cfg.scheduler),
+        data.training_record if cfg.mode == "train" else {},
+        data.val_class_ids,
+        floors,
+    )
+    trainer = make_trainer(cfg, folder, loggers, [StepSeed(cfg.seed), EpochLog(), *checkpoints.callbacks(folder)])
+    if trainer.is_global_zero:
+        results.print_setting(cfg, data, network)
+
+    clock, untrained = {"start": time.time()}, None
+    if cfg.mode == "train" and cfg.untrained:
+        untrained = test(trainer, module, data, None)
+    tested = start
+    if cfg.mode == "train" and network.learned():
+        clock["fit"] = time.time()
+        tested = train(cfg, folder, trainer, module, data)
+    elif start:
+        start.check_trained_on(data)
+    clock["test"] = time.time()
+    result = test(trainer, module, data, tested)
+    clock["end"] = time.time()
+
+    if trainer.is_global_zero:
+        record = results.make(cfg, data, network, trainer, result, untrained, tested, clock)
+        write_json(folder / "results.json", record)
+        results.write_episodes(folder / "episodes.csv", data, result)
+        panels.draw(folder / "predictions", data, module.to(trainer.strategy.root_device), result, cfg.panels)
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_results(record, folder)
+        results.print_scores(record, folder)
+    return tested.val_miou if tested else float("nan")
+
+
+def build(cfg: DictConfig, folder: Path) -> tuple[Method, Checkpoint | None]:
+    """The network, and the checkpoint that it is tested with or starts from, which fits; both before data is read."""
+    start = None
+    if cfg.mode == "train":
+        start = checkpoints.to_start_from(cfg.ckpt, folder, cfg.resume or was_requeued())
+    network: Method = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
+    if cfg.mode == "test" and (network.learned() or cfg.ckpt):
+        start = checkpoints.to_test(cfg.ckpt)
+    if start:
+        start.check_network(network)
+    equip(network.backbone, cfg.trainer)
+    return network, start
+
+
+def equip(backbone: Backbone, options: DictConfig) -> None:
+    """Settings that affect the backbone's speed but not its output."""
+    backbone.cache = instantiate(options.cache)
+    if not options.channels_last:
+        backbone.to(memory_format=torch.contiguous_format)
+    backbone.compiled = options.compile
+
+
+def train(
+    cfg: DictConfig, folder: Path, trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule
+) -> Checkpoint:
+    """Trains, or finds the training that another run has finished; returns the checkpoint to test."""
+    resume = cfg.resume or was_requeued()
+    interrupted = checkpoints.in_run(folder, "last") if resume else None
+    if interrupted:
+        checkpoints.read(interrupted).check_training(module.record)
+    store = Path(cfg.trainings) if cfg.reuse and cfg.ckpt is None else None
+    shape = trainings.shape(cfg, data, module.network, trainer.world_size)
+    with trainings.claim(store, folder, shape, resume, partial(leave_if_asked, trainer)) as trained:
+        if trained is None:
+            start = checkpoints.to_start_from(cfg.ckpt, folder, True)  # again: another run's may have been taken over
+            if start:
+                log.info("Resuming from %s", start.path)
+            trainer.fit(module, data, ckpt_path=start and start.path, weights_only=True)
+        else:
+            log.info("Already trained in %s; its weights are reused (reuse=false trains again)", trained)
+    best = checkpoints.trained_in(trained or folder)
+    if best.path.stem == "last":
+        log.warning("The training ended before its first validation: the last state of the network is tested.")
+    best.check_network(module.network)
+    best.check_training(module.record)  # a training that ended before its first validation may have an older best
+    return best
+
+
+def test(
+    trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule, checkpoint: Checkpoint | None
+) -> TestResult:
+    trainer.test(module, data, ckpt_path=checkpoint and checkpoint.path, verbose=False, weights_only=True)
+    return module.test_result
