@@ -1,4 +1,4 @@
-"""Episodes: where images come from, and who meets whom."""
+"""Datasets and few-shot episodes: where the images come from and how they are batched."""
 
 from datamodules.episodes.dataset import FewShotDataset
 from datamodules.episodes.episode import Episode

@@ -1,4 +1,4 @@
-"""Measures how many episodes one core reads: a plain loop with Pillow, this package, and its cache, in one run.
+"""Measures how many episodes per second one CPU core reads with a plain Pillow loop, this package, and its cache.
 
 python -m datamodules.bench
 """
@@ -28,10 +28,10 @@ HEIGHT, WIDTH, SIZE, EPISODES, ROUNDS = 375, 500, (384, 384), 100, 7
 
 
 def write_images(root: Path, count: int) -> FolderDataset:
-    """Drawn images with noise as JPEGs of PASCAL's size, with index masks."""
+    """Writes `count` noisy synthetic images as JPEGs of PASCAL's typical size, with index masks."""
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True)
-    for i in track(range(count), "Drawing"):
+    for i in track(range(count), "Writing images"):
         image, index = draw(f"{CLASSES[i % 5]} {i:07d}", WIDTH, seed=0)
         Image.fromarray(image[:HEIGHT]).save(root / "images" / f"{i:04d}.jpg", quality=95)
         Image.fromarray(index[:HEIGHT]).save(root / "masks" / f"{i:04d}.png")
@@ -40,7 +40,11 @@ def write_images(root: Path, count: int) -> FolderDataset:
 
 
 def plain(root: Path, spec: EpisodeSpec) -> list[tuple[Tensor, Tensor]]:
-    """An episode as a loader without any care reads it."""
+    """Reads an episode as a straightforward loader does: Pillow for decoding, resizing and masks.
+
+    Returns:
+        The query, then the supports: pairs of a (3, H, W) uint8 image and an (H, W) bool mask.
+    """
     read = []
     for name in (spec.query, *spec.supports):
         image = Image.open(root / "images" / f"{name}.jpg").convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR)
@@ -50,11 +54,11 @@ def plain(root: Path, spec: EpisodeSpec) -> list[tuple[Tensor, Tensor]]:
     return read
 
 
-def seconds(work: dict[str, Callable[[int], object]]) -> dict[str, float]:
-    """Median seconds an episode, the ways in turn."""
-    times: dict[str, list[float]] = {name: [] for name in work}
+def seconds(readers: dict[str, Callable[[int], object]]) -> dict[str, float]:
+    """Median seconds per episode of each reader; the readers alternate so that they share the machine's noise."""
+    times: dict[str, list[float]] = {name: [] for name in readers}
     for _ in track(range(ROUNDS), "Measuring"):
-        for name, read in work.items():
+        for name, read in readers.items():
             start = time.perf_counter()
             for i in range(EPISODES):
                 read(i)
@@ -64,7 +68,7 @@ def seconds(work: dict[str, Callable[[int], object]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m datamodules.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--shot", type=int, default=1, help="K (default: 1)")
+    parser.add_argument("--shot", type=int, default=1, help="support images per episode, K (default: 1)")
     shot = parser.parse_args().shot
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What the commands that look at a dataset share: a config from overrides as `run.py` takes them, errors in a line."""
+"""Shared by the commands that inspect a dataset: they take the same overrides as `run.py`."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ CONF = Path(__file__).parents[1] / "conf"
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """An error that the user can mend is one message and exit code 1."""
+    """Prints an error the user can fix as one message and exits with code 1."""
     try:
         yield
     except (DatasetError, ImageError, HydraException, OmegaConfBaseException) as error:
@@ -35,12 +35,27 @@ def one_message() -> Iterator[None]:
 
 
 def config(overrides: Sequence[str]) -> DictConfig:
+    """Composes the config as `run.py` does.
+
+    Args:
+        overrides: Hydra overrides, such as `dataset=pascal` and `fold=0`.
+
+    Example:
+        >>> config(["dataset=synthetic", "fold=2"]).fold.index
+        2
+    """
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", list(overrides))
 
 
-def test_episodes(cfg: DictConfig) -> tuple[FewShotDataset, Episodes]:
-    """The tested dataset and its test episodes; a dataset that is only tested on needs no training dataset here."""
+def load_test_episodes(cfg: DictConfig) -> tuple[FewShotDataset, Episodes]:
+    """The test dataset of a config and its test episodes.
+
+    A test-only dataset may be given as `dataset`: no training dataset is needed to list its episodes.
+
+    Raises:
+        DatasetError: the dataset is missing or the setting is impossible.
+    """
     dataset: FewShotDataset = instantiate(cfg.dataset)
     if cfg.target is not None or not dataset.test_only:
         data: FewShotDataModule = instantiate(cfg.episodes)

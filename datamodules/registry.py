@@ -1,4 +1,4 @@
-"""All datasets of this package, found by their files: a new one is listed nowhere."""
+"""Finds all datasets of this package by importing its files; a new dataset needs no registration."""
 
 from functools import cache
 from importlib import import_module
@@ -10,10 +10,18 @@ from datamodules.episodes.dataset import FewShotDataset
 
 @cache
 def all_datasets() -> dict[str, type[FewShotDataset]]:
-    """Name -> class."""
+    """All dataset classes of `datamodules.benchmarks` and `datamodules.own`.
+
+    Returns:
+        Dataset name -> class, sorted by name.
+
+    Example:
+        >>> list(all_datasets())
+        ['chest_xray', 'coco', 'deepglobe', 'folder', 'fss', 'isic', 'pascal', 'suim', 'synthetic']
+    """
     found: dict[str, type[FewShotDataset]] = {}
-    for room in (benchmarks, own):
-        for module in iter_modules(room.__path__, f"{room.__name__}."):
+    for package in (benchmarks, own):
+        for module in iter_modules(package.__path__, f"{package.__name__}."):
             kinds = (kind for kind in vars(import_module(module.name)).values() if isinstance(kind, type))
             found |= {k.name: k for k in kinds if issubclass(k, FewShotDataset) and hasattr(k, "name")}
     return dict(sorted(found.items()))

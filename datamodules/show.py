@@ -1,4 +1,4 @@
-"""Shows a dataset: a contact sheet of test episodes with masks drawn over images, and images per class.
+"""Shows a dataset: saves a contact sheet of test episodes with mask overlays and prints the images per class.
 
 python -m datamodules.show dataset=pascal fold=0 shot=1 --out pascal.png
 """
@@ -14,23 +14,32 @@ from rich.table import Table
 from scipy.ndimage import binary_erosion
 from torch import Tensor
 
-from datamodules.command import config, one_message, test_episodes
+from datamodules.command import config, load_test_episodes, one_message
 from datamodules.episodes.dataset import Episodes, FewShotDataset
 from datamodules.episodes.episode import IGNORE, Episode
 
 OUTLINE, IGNORED = (255, 255, 60), (255, 60, 200)
-MOST_SUPPORTS = 5
+MAX_SUPPORTS = 5  # shown per episode
 
 
 def over(image: Tensor, mask: Tensor | None, ignore: Tensor | None = None) -> np.ndarray:
-    """The mask outlined, all else darkened, ignored pixels tinted.
+    """Overlays a mask on an image: outlines the mask, darkens everything outside it, tints ignored pixels.
 
     Args:
-        image: (3, H, W) uint8.
-        mask, ignore: (H, W) bool.
+        image: (3, H, W) uint8 RGB.
+        mask: (H, W) bool; None leaves the image as it is.
+        ignore: (H, W) bool; None if no pixel is ignored.
 
     Returns:
-        (H, W, 3) uint8.
+        (H, W, 3) uint8 RGB.
+
+    Example:
+        >>> import torch
+        >>> image, mask = torch.full((3, 64, 96), 100, dtype=torch.uint8), torch.zeros(64, 96, dtype=torch.bool)
+        >>> mask[16:48, 16:48] = True
+        >>> overlay = over(image, mask)
+        >>> overlay.shape, overlay[0, 0].tolist(), overlay[16, 16].tolist(), overlay[32, 32].tolist()
+        ((64, 96, 3), [40, 40, 40], [255, 255, 60], [100, 100, 100])
     """
     picture = image.permute(1, 2, 0).numpy().copy()
     if mask is not None:
@@ -44,8 +53,13 @@ def over(image: Tensor, mask: Tensor | None, ignore: Tensor | None = None) -> np
 
 
 def contact_sheet(dataset: FewShotDataset, episodes: list[Episode]) -> Figure:
-    """A row an episode: the query and its supports, under the names of class and files."""
-    shown = min(episodes[0].support.shape[0], MOST_SUPPORTS)
+    """A figure with one row per episode: the query, then up to five supports, titled with class and file names.
+
+    Args:
+        dataset: the dataset of the episodes.
+        episodes: single episodes, without the batch axis, all with the same number of shots.
+    """
+    shown = min(episodes[0].support.shape[0], MAX_SUPPORTS)
     fig = Figure(figsize=(2.6 * (shown + 1), 2.9 * len(episodes)))
     for line, episode in zip(fig.subplots(len(episodes), shown + 1, squeeze=False), episodes, strict=True):
         (spec,) = episode.spec
@@ -62,7 +76,12 @@ def contact_sheet(dataset: FewShotDataset, episodes: list[Episode]) -> Figure:
 
 
 def table_of(dataset: FewShotDataset, tested: set[int]) -> Table:
-    """Images of each class; tested classes are marked."""
+    """A table of the number of images per class; marks the tested classes.
+
+    Args:
+        dataset: the dataset to describe.
+        tested: ids of the tested classes.
+    """
     table = Table(title=f"{dataset.name}: {dataset.splits}")
     table.add_column("class")
     splits = ("test",) if dataset.test_only else ("train", "test")
@@ -76,28 +95,28 @@ def table_of(dataset: FewShotDataset, tested: set[int]) -> Table:
 
 
 def pick(episodes: Episodes, count: int) -> list[Episode]:
-    """Episodes spread over the list, of as many classes as there are."""
+    """Reads `count` episodes of a test list, with as many different classes as possible, in list order."""
     specs = episodes.specs
     assert isinstance(specs, list)
-    first = {spec.class_id: i for i, spec in reversed(list(enumerate(specs)))}  # of each class
+    first = {spec.class_id: i for i, spec in reversed(list(enumerate(specs)))}  # class -> its first episode
     chosen = list(dict.fromkeys([*sorted(first.values()), *range(len(specs))]))[:count]
     return [episodes[i] for i in sorted(chosen)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m datamodules.show", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", help="as run.py takes them: dataset=... fold=... shot=...")
-    parser.add_argument("--out", type=Path, default=Path("episodes.png"), help="the picture (default: episodes.png)")
-    parser.add_argument("--count", type=int, default=8, help="episodes on it (default: 8)")
+    parser.add_argument("overrides", nargs="*", help="overrides as for run.py: dataset=... fold=... shot=...")
+    parser.add_argument("--out", type=Path, default=Path("episodes.png"), help="image file (default: episodes.png)")
+    parser.add_argument("--count", type=int, default=8, help="number of episodes to show (default: 8)")
     args = parser.parse_intermixed_args()
     with one_message():
-        dataset, episodes = test_episodes(config(args.overrides))
+        dataset, episodes = load_test_episodes(config(args.overrides))
         tested = {spec.class_id for spec in episodes.specs}  # type: ignore[union-attr]
         Console(soft_wrap=True).print(table_of(dataset, tested))
         chosen = pick(episodes, args.count)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(dataset, chosen).savefig(args.out, dpi=80)
-    print(f"{len(chosen)} of {len(episodes)} test episodes are drawn in {args.out.absolute()}")
+    print(f"Saved {len(chosen)} of {len(episodes)} test episodes to {args.out.absolute()}")
 
 
 if __name__ == "__main__":

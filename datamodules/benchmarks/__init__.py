@@ -1,1 +1,1 @@
-"""The published benchmarks, a file each."""
+"""The published benchmarks, one file each."""

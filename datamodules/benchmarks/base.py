@@ -1,4 +1,4 @@
-"""What the published benchmarks share: a prepared folder, lists of images, masks in files."""
+"""The base class of the published benchmarks: a prepared folder, image lists, and mask files."""
 
 import hashlib
 import json
@@ -23,28 +23,30 @@ from datamodules.prepare.download import Download
 from datamodules.prepare.source import Source, visible
 from pmnet.segment.images import decode, load_image
 
-MIN_AREA = 2 * 32 * 32  # pixels of the original mask that a class covers in an image that counts for it
-Areas = dict[str, dict[int, int]]  # image -> class id -> pixels of its mask
+MIN_AREA = 2 * 32 * 32  # an image is used for a class only if the class covers this many pixels of the original mask
+Areas = dict[str, dict[int, int]]  # image -> class id -> number of its pixels in the mask
 
 
 class Benchmark(FewShotDataset):
-    """A published benchmark in the folder that `python -m datamodules.prepare` leaves.
+    """A published benchmark in a folder prepared by `python -m datamodules.prepare`.
 
-    A subclass says what its files look like. By default it is only tested on, with a list of images for each class.
+    A subclass describes its files: it sets the attributes and implements `fill`, `found`, `image_path` and `mask_path`.
+    By default, a benchmark is for testing only and has one list of images per class.
 
     Args:
         root: the prepared folder.
-        splits: a folder of other lists than the prepared ones: <splits>/<name>/..., or <splits>/...
+        splits: folder with lists to use instead of the prepared ones: <splits>/<name>/..., or <splits>/...
 
     Attributes:
-        title: the benchmark's name as papers print it.
-        obtain: what to download, from where.
-        wanted: patterns of the paths that are needed, in the publisher's archives.
-        downloads: what can be fetched without a login.
-        list_downloads: published lists, by the file's place under the lists' folder.
-        published: sha256 of the published lists as JSON; None where none are published.
-        list_rule: how lists are built where the published ones are not to be had.
-        same_size: whether a mask of another size than its image's is an error; else it is noted, and resized apart.
+        title: name of the benchmark as printed in papers.
+        obtain: what to download and from where, for messages.
+        wanted: glob patterns of the paths to unpack from the published archives.
+        downloads: files that can be downloaded without a login.
+        list_downloads: path under the lists' folder -> download, for each file of the published lists.
+        published: sha256 of the published lists as JSON; None if no lists are published.
+        list_rule: how lists are built if the published ones are not available.
+        same_size: if True, a mask of another size than its image is an error; if False, it is recorded in the manifest,
+            and image and mask are resized separately.
     """
 
     title: ClassVar[str]
@@ -53,7 +55,7 @@ class Benchmark(FewShotDataset):
     downloads: ClassVar[Sequence[Download]] = ()
     list_downloads: ClassVar[dict[str, Download]] = {}
     published: ClassVar[str | None] = None
-    list_rule: ClassVar[str] = f"the images of each class where it covers {MIN_AREA:,} pixels of the mask"
+    list_rule: ClassVar[str] = f"for each class, the images in which it covers at least {MIN_AREA:,} pixels of the mask"
     same_size: ClassVar[bool] = False
     test_only = True
     folds: Sequence[Sequence[int]] = ()
@@ -66,55 +68,77 @@ class Benchmark(FewShotDataset):
             given = Path(splits).expanduser()
             self.list_folder = given / self.name if (given / self.name).is_dir() else given
 
-    # The publisher's files -> the prepared folder
+    # Preparation
 
     @classmethod
     @abstractmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:
-        """Brings the publisher's files to their places; returns the rules applied, for the manifest."""
+        """Fills the folder to prepare with images and masks from the published files.
+
+        Args:
+            source: the published files.
+            ready: the folder to fill.
+
+        Returns:
+            Notes on what was done, for the manifest.
+
+        Raises:
+            DatasetError: a file is missing or invalid.
+        """
 
     @abstractmethod
     def found(self) -> list[str]:
-        """Names of all images with a mask that are in the folder, sorted."""
+        """Names of all images in the folder that have a mask, sorted."""
 
     def build_lists(self, areas: Areas) -> Any:
-        """Lists by `list_rule`, as plain values."""
+        """Builds the lists by `list_rule`.
+
+        Args:
+            areas: number of pixels of each class in each mask.
+
+        Returns:
+            The lists as plain values, as `read_lists` returns them.
+        """
         return {
             name: [image for image, found in areas.items() if found.get(c, 0) >= MIN_AREA]
             for c, name in enumerate(self.classes)
         }
 
     def write_lists(self, lists: Any, folder: Path) -> None:
+        """Writes the lists into a folder, in the form that `read_lists` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "test.json").write_text(json.dumps(lists, indent=0) + "\n")
 
     def read_lists(self, folder: Path) -> Any:
-        """The lists as plain values. Raises DatasetError."""
+        """Reads the lists from a folder, as plain values. Raises DatasetError if one is missing or invalid."""
         return json.loads(self.list_text(folder / "test.json"))
 
     def list_text(self, path: Path) -> str:
-        """Raises DatasetError where there is no such list."""
+        """Text of a list file. Raises DatasetError if it does not exist."""
         try:
             return path.read_text()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self.absent(path) from error
 
     def absent(self, path: Path) -> DatasetError:
-        """What to do where there is no such list or folder."""
+        """The error for a missing list or folder, with instructions."""
         prepared = self.root.is_dir() or not path.is_relative_to(self.root)
         what = f"has no list {path.absolute()}" if prepared else f"is not at {self.root.absolute()}"
         return DatasetError(f"{self.title} {what}. {self.how_to_prepare()}")
 
     def how_to_prepare(self) -> str:
+        """Instructions for preparing the benchmark; the end of an error message."""
         return (
-            f"Prepare it: python -m datamodules.prepare {self.name} --source <what you downloaded> --root "
-            f"{self.root.parent}; without --source it says what to download. If it is elsewhere: data=/path/to/data."
+            f"Prepare it: python -m datamodules.prepare {self.name} --source <downloaded files> --root "
+            f"{self.root.parent}; without --source, this prints what to download. If the benchmark is elsewhere, set "
+            "data=/path/to/data."
         )
 
     # Reading
 
     @cached_property
     def lists(self) -> Any:
+        """The lists in use, as plain values."""
         return self.read_lists(self.list_folder)
 
     @cached_property
@@ -142,14 +166,16 @@ class Benchmark(FewShotDataset):
     def draw(
         self, class_ids: Sequence[int], images: dict[int, Sequence[str]], count: int, shot: int, draw: Draw
     ) -> list[EpisodeSpec]:
-        """The published order of draws."""
+        """Samples test episodes in the order of the published program, here: classes in turn, queries at random."""
         return draw_in_turn(images, count, shot, draw)
 
     @abstractmethod
-    def image_path(self, name: str) -> Path: ...
+    def image_path(self, name: str) -> Path:
+        """Path of an image."""
 
     @abstractmethod
-    def mask_path(self, name: str) -> Path: ...
+    def mask_path(self, name: str) -> Path:
+        """Path of the mask of an image."""
 
     def read_image(self, name: str) -> Tensor:
         return load_image(self.image_path(name), turn=False)
@@ -159,11 +185,11 @@ class Benchmark(FewShotDataset):
         index = np.array(decode(path))
         known = index.ndim == 2 and index.dtype == np.uint8
         if not known or ((index > len(self.classes)) & (index != IGNORE)).any():
-            what = (
-                f"the value {index[(index > len(self.classes)) & (index != IGNORE)][0]}" if known else "no index mask"
-            )
+            unknown = (index > len(self.classes)) & (index != IGNORE) if known else None
+            what = "is not an index mask" if unknown is None else f"has the value {index[unknown][0]}"
             raise DatasetError(
-                f"{path} has {what}: want one channel, 0 to {len(self.classes)} or 255. Prepare it anew."
+                f"{path} {what}. It must have one channel with values 0 to {len(self.classes)} or 255. Prepare the "
+                "benchmark again."
             )
         return torch.from_numpy(index)
 
@@ -175,11 +201,18 @@ class Benchmark(FewShotDataset):
             path, name = next(iter(missing.items()))
             raise DatasetError(
                 f"The lists of {self.title} ({self.list_folder}) name '{name}', but there is no {path} ({len(missing)} "
-                f"files are missing). A partial download, or lists of another version? {self.how_to_prepare()}"
+                f"files are missing). Complete the download, or use lists of the same version. {self.how_to_prepare()}"
             )
 
     def missing(self, names: Iterable[str]) -> dict[str, str]:
-        """Image and mask files that are not there -> the image that needs them; looks at folders alone."""
+        """Finds missing files by listing folders; opens no image.
+
+        Args:
+            names: names of images.
+
+        Returns:
+            Path of each missing image or mask file -> name of the image that needs it.
+        """
         wanted: dict[str, dict[str, str]] = defaultdict(dict)  # folder -> file -> image
         for name in set(names):
             for path in (self.image_path(name), self.mask_path(name)):
@@ -200,21 +233,21 @@ class Benchmark(FewShotDataset):
         return json_hash([names, [(s.st_size, s.st_mtime_ns) for s in stats]])
 
     def advice(self) -> str:
-        return f"Images where the class covers under {MIN_AREA:,} pixels are left out. {self.how_to_prepare()}"
+        return f"Images in which the class covers less than {MIN_AREA:,} pixels are not used. {self.how_to_prepare()}"
 
 
 def binary_mask(path: Path) -> Tensor:
-    """(H, W) uint8: 1 where a grey mask is 128 or more. Raises DatasetError."""
+    """Reads a black and white mask: (H, W) uint8, 1 where it is 128 or more. Raises ImageError if it cannot be read."""
     return torch.from_numpy((np.asarray(decode(path).convert("L")) >= 128).astype(np.uint8))
 
 
 def stems(folder: Path, suffix: str) -> list[str]:
-    """Names without the suffix, sorted."""
+    """Names of the files in a folder that end with `suffix`, without the suffix, sorted."""
     return sorted(p.name[: -len(suffix)] for p in visible(folder, suffix))
 
 
 def write_png(pixels: np.ndarray, path: Path) -> None:
-    """(H, W) or (H, W, 3) uint8 as PNG, whole or not at all."""
+    """Writes (H, W) or (H, W, 3) uint8 pixels as PNG; an interrupted call leaves no partial file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     Image.fromarray(pixels).save(part, format="PNG")

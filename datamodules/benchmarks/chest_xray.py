@@ -1,12 +1,13 @@
-"""Chest X-ray: lungs in the Montgomery and Shenzhen sets; tested on only.
+"""Chest X-ray: lungs in the Montgomery and Shenzhen sets; for testing only.
 
 Home: https://www.ncbi.nlm.nih.gov/pmc/articles/PMC4256233/; files:
-https://www.kaggle.com/datasets/nikhilpandey360/chest-xray-masks-and-labels (login). Licence: the two sets' own, for
-research with citation. Classes: lung. 138 images of Montgomery and 662 of Shenzhen; 138 and 566 of them have masks, so
-that the paper's 566 images must be Shenzhen's: `prefix=CHNCXR`.
+https://www.kaggle.com/datasets/nikhilpandey360/chest-xray-masks-and-labels (needs a login).
+Licence: the licences of the two sets, for research with citation.
+Classes: lung. Montgomery has 138 images, all with masks; Shenzhen has 662 images, 566 with masks. The 566 images of the
+paper must therefore be those of Shenzhen: `prefix=CHNCXR`.
 
-As published: Lung Segmentation/CXR_png/X.png and masks/X_mask.png (Shenzhen) or masks/X.png (Montgomery).
-Prepared: CXR_png/ and masks/, the pairs alone; splits/test.json.
+As published: Lung Segmentation/CXR_png/X.png, with masks/X_mask.png (Shenzhen) or masks/X.png (Montgomery).
+Prepared: CXR_png/ and masks/, only images with masks; splits/test.json.
 
 Jaeger, Karargyris, Candemir, Folio, Siegelman, Callaghan, ...: Automatic Tuberculosis Screening Using Chest
 Radiographs. IEEE Transactions on Medical Imaging 2014.
@@ -24,9 +25,12 @@ from datamodules.prepare.source import Source, place_all
 
 
 class ChestXrayDataset(Benchmark):
-    """
+    """Lungs in chest X-rays; for testing only.
+
     Args:
-        prefix: only images whose names begin so; "CHNCXR" is Shenzhen alone.
+        root: the prepared folder.
+        splits: folder with lists to use instead of the prepared ones.
+        prefix: use only images whose names start with this; "CHNCXR" selects Shenzhen.
     """
 
     name = "chest_xray"
@@ -35,9 +39,9 @@ class ChestXrayDataset(Benchmark):
     classes = ("lung",)
     obtain = (
         "archive.zip from https://www.kaggle.com/datasets/nikhilpandey360/chest-xray-masks-and-labels (needs a free "
-        "account): Lung Segmentation/CXR_png and Lung Segmentation/masks are used."
+        "account). Needed inside: Lung Segmentation/CXR_png and Lung Segmentation/masks."
     )
-    list_rule = "every pair, in the order of the masks' file names"
+    list_rule = "all images with a mask, in the order of the masks' file names"
     wanted = ("*CXR_png/*.png", "*masks/*.png")
 
     def __init__(self, root: str, splits: str | None = None, prefix: str = "") -> None:
@@ -55,7 +59,7 @@ class ChestXrayDataset(Benchmark):
 
     @cached_property
     def masks(self) -> dict[str, str]:
-        """Image -> its mask's file name."""
+        """Image name -> file name of its mask."""
         return pairs(self.root / "CXR_png", self.root / "masks")
 
     def image_path(self, name: str) -> Path:
@@ -85,7 +89,7 @@ class ChestXrayDataset(Benchmark):
 
 
 def pairs(images: Path, masks: Path) -> dict[str, str]:
-    """Image name -> its mask's file name, in the order of the masks' names."""
+    """Image name -> file name of its mask, in the order of the masks' names."""
     have = set(stems(images, ".png"))
     by_mask = {mask: mask.removesuffix("_mask") for mask in stems(masks, ".png")}
     return {image: f"{mask}.png" for mask, image in sorted(by_mask.items()) if image in have}

@@ -1,14 +1,14 @@
 """COCO-20i: the 80 classes of COCO 2014 in four folds of twenty.
 
 Home: https://cocodataset.org. Licence: annotations CC BY 4.0, images under Flickr's terms of use.
-82,783 images in train2014, 40,504 in val2014. 80 classes in the order of the category ids, 0-based; fold i holds out
-classes i, i+4, i+8, ...
-Lists: those of HSNet, images of train2014 to train on and of val2014 to test, for each class.
+82,783 images in train2014, 40,504 in val2014. 80 classes in the order of the category ids, numbered from 0; fold i
+holds out classes i, i+4, i+8, ...
+Lists: those of HSNet; for each class, images of train2014 to train on and images of val2014 to test on.
 
 As published: train2014.zip, val2014.zip (COCO_train2014_000000000009.jpg), annotations_trainval2014.zip
 (annotations/instances_{train,val}2014.json).
-Prepared: train2014/*.jpg, val2014/*.jpg; annotations/{train,val}2014/*.png, index masks painted from the annotations,
-class + 1; splits/coco20i.json.gz, {"trn" | "val": {class: [image numbers]}}.
+Prepared: train2014/*.jpg, val2014/*.jpg; annotations/{train,val}2014/*.png, index masks painted from the annotations
+(class id + 1); splits/coco20i.json.gz, {"trn" | "val": {class: [image numbers]}}.
 
 Lin, Maire, Belongie, Hays, Perona, Ramanan, Dollar, Zitnick: Microsoft COCO: Common Objects in Context. ECCV 2014.
 Nguyen, Todorovic: Feature Weighting and Boosting for Few-Shot Segmentation. ICCV 2019 (the folds).
@@ -50,18 +50,25 @@ PICKLES = [f"{part}/fold{fold}.pkl" for part in YEARS for fold in range(4)]
 
 
 class CocoDataset(Benchmark):
+    """COCO-20i. Training samples the class first, as published.
+
+    Args:
+        root: the prepared folder.
+        splits: folder with lists to use instead of the prepared ones.
+    """
+
     name = "coco"
     title = "COCO-20i"
     test_only = False
     domain = "natural"
-    balanced = True  # as published: classes have from 53 to 40,118 images
+    balanced = True  # classes have from 53 to 40,118 training images
     test_length = 1000
     same_size = True
     classes = tuple(CLASSES)
     folds = tuple(range(fold, 80, 4) for fold in range(4))
     obtain = (
         "train2014.zip, val2014.zip and annotations_trainval2014.zip from https://cocodataset.org/#download. "
-        "--download fetches them (13, 6 and 0.2 GB) and the lists."
+        "--download fetches these files (13, 6 and 0.2 GB) and the lists."
     )
     wanted = ("*train2014/*.jpg", "*val2014/*.jpg", "*annotations/instances_*2014.json")
     downloads = (
@@ -94,7 +101,7 @@ class CocoDataset(Benchmark):
         return draw_any_class(images, count, shot, draw)
 
     def read_lists(self, folder: Path) -> Any:
-        """From coco20i.json.gz, or from the published pickles."""
+        """Reads coco20i.json.gz or the published pickles. Raises DatasetError if there are no valid lists."""
         path = folder / "coco20i.json.gz"
         if not path.exists() and (folder / PICKLES[0]).exists():
             return merge({pickle: read_pickle(folder / pickle) for pickle in PICKLES})
@@ -140,14 +147,25 @@ class CocoDataset(Benchmark):
             images = place_all(visible(source.need(year, ".jpg", of=f"{year}.zip"), ".jpg"), ready / year, year)
             annotations = next(source.files(f"instances_{year}.json"), None)
             if annotations is None:
-                raise DatasetError(f"There is no instances_{year}.json: it is part of annotations_trainval2014.zip.")
+                raise DatasetError(f"There is no instances_{year}.json. It is part of annotations_trainval2014.zip.")
             masks = paint(annotations, ready / "annotations" / year)
             notes.append(f"{year}: {images} images, {masks} with annotations")
-        return [*notes, "masks: class + 1, painted in the annotations' order, later ones over earlier ones, crowds too"]
+        return [*notes, "masks: class id + 1; annotations painted in their order, later over earlier, crowds included"]
 
 
 def paint(annotations: Path, folder: Path) -> int:
-    """Writes the index mask of every annotated image, on all cores; returns their number. Raises DatasetError."""
+    """Paints the index mask of every annotated image, on all CPU cores.
+
+    Args:
+        annotations: instances_*2014.json.
+        folder: where to write the masks; it is created if missing.
+
+    Returns:
+        Number of masks.
+
+    Raises:
+        DatasetError: the file is not a COCO annotation file.
+    """
     try:
         content = json.loads(annotations.read_bytes())
         class_ids = {k["id"]: CLASSES.index(k["name"]) for k in content["categories"]}
@@ -160,7 +178,7 @@ def paint(annotations: Path, folder: Path) -> int:
             if i["id"] in of_image
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{annotations} is no annotation file of COCO ({error!r}): download it again.") from error
+        raise DatasetError(f"{annotations} is not a COCO annotation file ({error!r}). Download it again.") from error
     folder.mkdir(parents=True, exist_ok=True)
     chunks = [jobs[i : i + 200] for i in range(0, len(jobs), 200)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -170,6 +188,7 @@ def paint(annotations: Path, folder: Path) -> int:
 
 
 def paint_images(folder: Path, jobs: Sequence[tuple[str, int, int, list[tuple[int, Any]]]]) -> None:
+    """Paints the masks of some images: (file name, height, width, [(class id, segmentation), ...]) each."""
     for file_name, height, width, segments in jobs:
         index = np.zeros((height, width), np.uint8)
         for class_id, segmentation in segments:
@@ -182,12 +201,17 @@ def paint_images(folder: Path, jobs: Sequence[tuple[str, int, int, list[tuple[in
 
 
 def number_of(image: str) -> int:
-    """train2014/COCO_train2014_000000000009.jpg -> 9"""
+    """The number in an image's name.
+
+    Example:
+        >>> number_of("train2014/COCO_train2014_000000000009.jpg")
+        9
+    """
     return int(image[-16:-4])
 
 
 def merge(pickles: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
-    """The published pickles, {class id: [image, ...]} for each part and fold, as one list."""
+    """Merges the published pickles: path -> {class id: [image, ...]} to part -> class id -> image numbers."""
     lists: dict[str, dict[str, list[int]]] = {part: {str(c): [] for c in range(len(CLASSES))} for part in YEARS}
     for path, content in pickles.items():
         try:
@@ -195,6 +219,6 @@ def merge(pickles: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
                 lists[path.split("/")[0]][str(int(class_id))] = [number_of(image) for image in images]
         except (AttributeError, ValueError, TypeError, KeyError) as error:
             raise DatasetError(
-                f"{path} is no list of COCO-20i ({error!r}): {{class id: [image, ...]}} is wanted."
+                f"{path} is not a list of COCO-20i, {{class id: [image, ...]}} ({error!r}). Download it again."
             ) from error
     return lists

@@ -1,14 +1,15 @@
-"""Deepglobe: land cover in satellite images, cut into tiles as PATNet does; tested on only.
+"""Deepglobe: land cover in satellite images, cut into tiles as in PATNet; for testing only.
 
 Home: http://deepglobe.org; files: https://www.kaggle.com/datasets/balraj98/deepglobe-land-cover-classification-dataset
-(login). Licence: DigitalGlobe's, for research. Classes: 6; unknown land is none of them.
+(needs a login). Licence: DigitalGlobe's, for research. Classes: 6; unknown land belongs to none of them.
 
-As published: train/<id>_sat.jpg and <id>_mask.png, 803 images of 2448x2448, masks in colours (valid/, test/: none).
-Prepared: images/<id>_<row><column>.png, the tiles of a 6x6 grid, pixels unchanged; masks/<same>.png, index masks;
+As published: train/<id>_sat.jpg and <id>_mask.png, 803 images of 2448x2448 with coloured masks (valid/ and test/ have
+no masks).
+Prepared: images/<id>_<row><column>.png, the tiles of a 6x6 grid with unchanged pixels; masks/<same>.png, index masks;
 splits/test.json, the tiles of each class.
 
-Rule: a tile is left out where its mask has one colour only, or one that covers less than 4.8% of it; unknown land
-counts as a colour, as in PATNet's script. PATNet's paper counts 5,666 tiles; its script is said to give 9,175.
+Rule: a tile is dropped if its mask has only one colour, or if any of its colours covers 4.8% of it or less. Unknown
+land counts as a colour, as in PATNet's script. PATNet's paper reports 5,666 tiles; its script is said to give 9,175.
 
 Demir, Koperski, Lindenbaum, Pang, Huang, Basu, Hughes, Tuia, Raskar: DeepGlobe 2018. CVPR Workshops 2018.
 Lei, Zhang, He, Chen, Du, Lu: Cross-Domain Few-Shot Semantic Segmentation. ECCV 2022 (the tiles).
@@ -39,17 +40,24 @@ COLOURS = {
     "water": (0, 0, 255),
     "barren": (255, 255, 255),
 }
-PURE = 16  # how far a channel of a mask may be from 0 or 255
+TOLERANCE = 16  # largest distance of a mask channel from 0 or 255
 
 
 class DeepglobeDataset(Benchmark):
+    """Deepglobe tiles; for testing only.
+
+    Args:
+        root: the prepared folder.
+        splits: folder with lists to use instead of the prepared ones.
+    """
+
     name = "deepglobe"
     title = "Deepglobe"
     domain = "satellite"
     classes = tuple(COLOURS)[1:]
     obtain = (
         "archive.zip from https://www.kaggle.com/datasets/balraj98/deepglobe-land-cover-classification-dataset (needs "
-        "a free account): train/<id>_sat.jpg and <id>_mask.png."
+        "a free account). Needed inside: train/<id>_sat.jpg and <id>_mask.png."
     )
     list_rule = "every tile that shows the class"
     wanted = ("*_sat.jpg", "*_mask.png")
@@ -70,23 +78,38 @@ class DeepglobeDataset(Benchmark):
     def fill(cls, source: Source, ready: Path) -> list[str]:
         masks = {p.name.removesuffix("_mask.png"): p for p in sorted(source.files("_mask.png"))}
         if not masks:
-            raise DatasetError(f"No <id>_mask.png in {', '.join(map(str, source.paths))}. Wanted: {cls.obtain}")
+            raise DatasetError(f"No <id>_mask.png in {', '.join(map(str, source.paths))}. Download {cls.obtain}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = pool.map(partial(cut, ready), *zip(*sorted(masks.items()), strict=True))
             kept = sum(track(jobs, "Cutting tiles", len(masks)))
         return [
             f"{len(masks)} images cut into {GRID}x{GRID} tiles",
-            f"tiles of one colour, or with a colour under {SMALLEST_SHARE:.1%}, left out (unknown is a colour)",
+            f"tiles with one colour, or with a colour of {SMALLEST_SHARE:.1%} or less, dropped (unknown is a colour)",
             f"{kept} tiles kept of {len(masks) * GRID**2}; PATNet's paper: 5,666",
         ]
 
 
 def cut(ready: Path, number: str, mask_path: Path) -> int:
-    """Writes the tiles of an image that pass the rule; returns their number. Raises DatasetError."""
+    """Cuts an image and its mask into tiles and writes those that pass the rule.
+
+    Args:
+        ready: the folder to fill.
+        number: id of the image.
+        mask_path: the image's mask; the image is beside it.
+
+    Returns:
+        Number of tiles written.
+
+    Raises:
+        DatasetError: image and mask differ in size, or the mask has an unknown colour.
+        ImageError: a file cannot be read.
+    """
     image_path = mask_path.with_name(f"{number}_sat.jpg")
     image, index = np.array(decode(image_path).convert("RGB")), index_of(mask_path)
     if image.shape[:2] != index.shape:
-        raise DatasetError(f"{image_path} and {mask_path} differ in size: {image.shape[:2]} and {index.shape}.")
+        raise DatasetError(
+            f"{image_path} and {mask_path} differ in size: {image.shape[:2]} and {index.shape}. Download them again."
+        )
     height, width = index.shape
     rows, columns = [[i * side // GRID for i in range(GRID + 1)] for side in (height, width)]
     kept = 0
@@ -103,7 +126,7 @@ def cut(ready: Path, number: str, mask_path: Path) -> int:
 
 
 def index_of(path: Path) -> np.ndarray:
-    """(H, W) uint8: class id + 1, 0 = unknown land. Raises DatasetError at a colour that is none of the seven."""
+    """Reads a coloured mask: (H, W) uint8, class id + 1, 0 = unknown land. Raises DatasetError for any other colour."""
     rgb = np.array(decode(path).convert("RGB")).astype(np.int16)
     high = rgb >= 128
     code = high @ np.array([4, 2, 1])
@@ -111,11 +134,11 @@ def index_of(path: Path) -> np.ndarray:
     for value, colour in enumerate(COLOURS.values()):
         place[(np.array(colour) >= 128) @ np.array([4, 2, 1])] = value
     index = place[code]
-    strange = (index == 255) | (np.abs(rgb - 255 * high).max(axis=2) > PURE)
+    strange = (index == 255) | (np.abs(rgb - 255 * high).max(axis=2) > TOLERANCE)
     if strange.any():
         y, x = np.argwhere(strange)[0]
         raise DatasetError(
             f"{path} has the colour {tuple(rgb[y, x].tolist())} at row {y}, column {x} ({strange.sum()} such pixels). "
-            f"Known: {', '.join(f'{name} {colour}' for name, colour in COLOURS.items())}."
+            f"Download it again. Known colours: {', '.join(f'{name} {colour}' for name, colour in COLOURS.items())}."
         )
     return index

@@ -1,11 +1,11 @@
-"""FSS-1000: 1,000 classes of everyday things, ten images each.
+"""FSS-1000: 1,000 classes of everyday objects with ten images each.
 
 Home: https://github.com/HKUSTCV/FSS-1000. Licence: none was found; for research.
-Classes: 1,000; 520 to train, 240 to validate, 240 to test, no folds. 10,000 images of 224x224.
-Lists: those of HSNet; the test classes are the official ones, train and validation were drawn at random.
+Classes: 1,000; 520 for training, 240 for validation, 240 for testing; no folds. 10,000 images of 224x224.
+Lists: those of HSNet. Their test classes are the official ones; training and validation classes were split at random.
 
 As published: fewshot_data.zip with <class>/1.jpg .. 10.jpg and <class>/1.png .. 10.png (black and white).
-Prepared: the same folders, and splits/{trn,val,test}.txt.
+Prepared: the same folders; splits/{trn,val,test}.txt.
 
 Li, Wei, Chen, Tai, Tang: FSS-1000: A 1000-Class Dataset for Few-Shot Segmentation. CVPR 2020.
 """
@@ -30,7 +30,12 @@ PER_CLASS = 10
 
 
 class FSSDataset(Benchmark):
-    """One split instead of folds: fold 0. A mask knows its own class alone."""
+    """FSS-1000. It has one split instead of folds, so the only fold is 0. A mask shows only the class of its folder.
+
+    Args:
+        root: the prepared folder.
+        splits: folder with lists to use instead of the prepared ones.
+    """
 
     name = "fss"
     title = "FSS-1000"
@@ -39,17 +44,17 @@ class FSSDataset(Benchmark):
     tested_after = ("coco", "pascal")
     test_length = 2400
     obtain = (
-        "fewshot_data.zip (or FSS-1000.zip), by the link at https://github.com/HKUSTCV/FSS-1000. The lists are fetched "
-        "by --download."
+        "fewshot_data.zip (or FSS-1000.zip), linked at https://github.com/HKUSTCV/FSS-1000. --download fetches the "
+        "lists."
     )
     wanted = ("*/*.jpg", "*/*.png")
-    list_rule = "the classes, sorted by name, cut at 52% and 76%: not the published split"
+    list_rule = "classes sorted by name and split at 52% and 76%; this is not the published split"
     list_downloads = {f"{part}.txt": hsnet(f"fss/{part}.txt") for part in PARTS}
     published = "619c083adcfa74e2e7dc23ba74e94221e70c8010b18132520849d848badf99a7"
 
     @cached_property
     def classes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Sorted by name within each part, as the published class ids are."""
+        """Names sorted within each part, in the order of the published class ids."""
         return tuple(name for part in PARTS for name in sorted(self.lists[part]))
 
     @cached_property
@@ -57,6 +62,7 @@ class FSSDataset(Benchmark):
         return (self.ids_of("test"),)
 
     def ids_of(self, part: str) -> range:
+        """Class ids of a part: "trn", "val" or "test"."""
         first = sum(len(self.lists[p]) for p in PARTS[: PARTS.index(part)])
         return range(first, first + len(self.lists[part]))
 
@@ -73,12 +79,14 @@ class FSSDataset(Benchmark):
     def fill(cls, source: Source, ready: Path) -> list[str]:
         classes = {p.parent.name: p.parent for p in sorted(source.files("1.jpg")) if p.name == "1.jpg"}
         if not classes:
-            raise DatasetError(f"No folder <class>/1.jpg in {', '.join(map(str, source.paths))}. Wanted: {cls.obtain}")
+            raise DatasetError(f"No <class>/1.jpg in {', '.join(map(str, source.paths))}. Download {cls.obtain}")
         for name, folder in classes.items():
             files = [folder / f"{i}{suffix}" for i in range(1, PER_CLASS + 1) for suffix in (".jpg", ".png")]
             missing = [f.name for f in files if not f.is_file()]
             if missing:
-                raise DatasetError(f"{folder} lacks {', '.join(missing)}: each class of FSS-1000 has 1 to 10.")
+                raise DatasetError(
+                    f"{folder} lacks {', '.join(missing)}. Each class has 1 to {PER_CLASS}: download FSS-1000 again."
+                )
             place_all(files, ready / name, name)
         return [f"{len(classes)} classes (published: 1,000)"]
 
@@ -104,7 +112,7 @@ class FSSDataset(Benchmark):
     def draw(
         self, class_ids: Sequence[int], images: dict[int, Sequence[str]], count: int, shot: int, draw: Draw
     ) -> list[EpisodeSpec]:
-        """Every image is the query once, in the order of file names: 1.jpg, 10.jpg, 2.jpg, ..."""
+        """Each image becomes the query once, in the order of the file names: 1.jpg, 10.jpg, 2.jpg, ..."""
         queries = [(name, c) for c in class_ids for name in sorted(images[c])]
         return draw_listed(queries, images, count, shot, draw)
 
@@ -115,7 +123,7 @@ class FSSDataset(Benchmark):
         return (self.root / name).with_suffix(".png")
 
     def read_index(self, name: str) -> Tensor:
-        """1 = the class of the image's folder: there are more classes than values."""
+        """(H, W) uint8: 1 = the class of the image's folder, 0 = background; a mask cannot hold 1,000 class ids."""
         return binary_mask(self.mask_path(name))
 
     def of_class(self, index: Tensor, class_id: int) -> Tensor:

@@ -2,12 +2,12 @@
 
 Home: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/; SBD: http://home.bharathh.info/pubs/codes/SBD/download.html.
 Licence: images under Flickr's terms of use, for research. 20 classes; fold i holds out classes 5i .. 5i+4.
-Lists: those of HSNet, 13,680 (image, class) pairs to train on in all folds, 1,868 to test.
+Lists: those of HSNet; over all folds, 13,680 (image, class) pairs to train on and 1,868 to test on.
 
 As published: VOCtrainval_11-May-2012.tar (VOCdevkit/VOC2012/: JPEGImages/*.jpg, SegmentationClass/*.png,
 ImageSets/Segmentation/*.txt) and SBD's benchmark.tgz (benchmark_RELEASE/dataset/cls/*.mat, train.txt, val.txt).
-Prepared: JPEGImages/*.jpg; SegmentationClassAug/*.png, index masks with 255 = ignore, where VOC's own masks go before
-SBD's; splits/{trn,val}/foldN.txt with a line IMAGE__CC for each image and class (CC from 01).
+Prepared: JPEGImages/*.jpg; SegmentationClassAug/*.png, index masks with 255 = ignore, from VOC if it has one, else
+from SBD; splits/{trn,val}/foldN.txt with a line IMAGE__CC for each image and class (CC from 01).
 
 Everingham, Van Gool, Williams, Winn, Zisserman: The PASCAL Visual Object Classes (VOC) Challenge. IJCV 2010.
 Hariharan, Arbelaez, Bourdev, Maji, Malik: Semantic Contours from Inverse Detectors. ICCV 2011.
@@ -41,11 +41,17 @@ LISTS = [f"{part}/fold{fold}.txt" for part in ("trn", "val") for fold in range(4
 
 
 class PascalDataset(Benchmark):
-    """
+    """PASCAL-5i.
+
     Args:
-        coco_folds: which classes are tested after training on fold i of COCO-20i. "repri": those that the fold
-            held out, in COCO's names (RePRI and after it); no tested class was trained on. "standard": those of
-            PASCAL-5i's fold i, all or most of which COCO's fold has taught; the paper's table 2 seems to do so.
+        root: the prepared folder.
+        splits: folder with lists to use instead of the prepared ones.
+        coco_folds: which classes to test after training on fold i of COCO-20i. "repri": the classes that the COCO fold
+            holds out, so no test class was trained on (RePRI and later work). "standard": the classes of fold i of
+            PASCAL-5i, most or all of which were trained on; table 2 of the paper seems to do this.
+
+    Raises:
+        DatasetError: `coco_folds` is neither "repri" nor "standard".
     """
 
     name = "pascal"
@@ -67,7 +73,7 @@ class PascalDataset(Benchmark):
     }
     obtain = (
         "VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ and benchmark.tgz from "
-        "http://home.bharathh.info/pubs/codes/SBD/download.html. --download fetches them (2.0 and 1.4 GB) and lists."
+        "http://home.bharathh.info/pubs/codes/SBD/download.html. --download fetches them (2.0, 1.4 GB) and the lists."
     )
     wanted = (
         "*JPEGImages/*.jpg",
@@ -86,7 +92,7 @@ class PascalDataset(Benchmark):
             "md5:82b4d87ceb2ed10f6038a1cba92111cb",
         ),
     )
-    list_rule = f"{Benchmark.list_rule}; VOC's val to test, all others to train"
+    list_rule = f"{Benchmark.list_rule}; VOC's val for testing, all others for training"
     list_downloads = {path: hsnet(f"pascal/{path}") for path in LISTS}
     published = "8a4800f6cc60e947833ec34d918468e7165eac50e3bd5d08ec6d38a57c85a107"
 
@@ -95,7 +101,7 @@ class PascalDataset(Benchmark):
     ) -> None:
         super().__init__(root, splits)
         if coco_folds not in ("repri", "standard"):
-            raise DatasetError(f"coco_folds={coco_folds} of {self.title} is not one of repri, standard.")
+            raise DatasetError(f"coco_folds of {self.title} must be one of repri, standard, not {coco_folds}.")
         self.coco_folds = coco_folds
 
     def target_classes(self, source: FewShotDataset, fold: Fold) -> list[int]:
@@ -106,15 +112,18 @@ class PascalDataset(Benchmark):
         held_out = {source.common_name(source.classes[c]) for c in source.novel_classes(fold)}
         return [c for c, name in enumerate(self.classes) if self.common_name(name) in held_out]
 
-    # Lists: (image, class id) pairs of each fold, in the published order
+    # Lists
 
     @cached_property
     def pairs(self) -> dict[str, list[list[tuple[str, int]]]]:
+        """Part -> for each fold, the pairs (image, class id) in the published order."""
+
         def parse(line: str) -> tuple[str, int]:
             image, _, number = line.rpartition("__")
             if not image or not number.isdigit() or not 1 <= int(number) <= len(self.classes):
                 raise DatasetError(
-                    f"'{line}' in a list of {self.title} ({self.list_folder}) is not IMAGE__CC, CC 01 to 20."
+                    f"'{line}' in a list of {self.title} ({self.list_folder}) is not IMAGE__CC with CC from 01 to 20. "
+                    "Download the lists again."
                 )
             return image, int(number) - 1
 
@@ -122,6 +131,7 @@ class PascalDataset(Benchmark):
 
     @cached_property
     def by_class(self) -> dict[str, dict[int, Names]]:
+        """Part -> class id -> names of its images."""
         return {
             part: {c: Names([n for fold in folds for n, k in fold if k == c]) for c in range(len(self.classes))}
             for part, folds in self.pairs.items()
@@ -171,14 +181,14 @@ class PascalDataset(Benchmark):
         images = place_all(visible(source.need("JPEGImages", ".jpg", of=voc), ".jpg"), ready / "JPEGImages", "images")
         to_test = source.need("ImageSets/Segmentation", ".txt", of=voc) / "val.txt"
         if not to_test.is_file():
-            raise DatasetError(f"There is no {to_test}: it is part of {voc}.")
+            raise DatasetError(f"There is no {to_test}. It is part of {voc}: download it again.")
         place_all([to_test], ready, "list")
         (ready / "val.txt").rename(ready / "voc_val.txt")
         masks = ready / "SegmentationClassAug"
         whole = next(source.folders("SegmentationClassAug", ".png"), None)
         if whole:
             count = place_all(visible(whole, ".png"), masks, "masks")
-            return [f"{images} images", f"{count} masks of SegmentationClassAug as given"]
+            return [f"{images} images", f"{count} masks of SegmentationClassAug, used unchanged"]
         own = source.need("SegmentationClass", ".png", of=voc)
         place_all(visible(own, ".png"), masks, "VOC's masks")
         mats = visible(source.need("dataset/cls", ".mat", of=sbd), ".mat")
@@ -190,8 +200,8 @@ class PascalDataset(Benchmark):
 
 
 def sbd_mask(path: Path) -> np.ndarray:
-    """(H, W) uint8 of `GTcls.Segmentation`; SBD marks no pixels to ignore."""
+    """Reads a mask of SBD: (H, W) uint8, class id + 1, 0 = background; SBD has no ignored pixels."""
     try:
         return loadmat(path)["GTcls"]["Segmentation"][0, 0].astype(np.uint8)
     except (ValueError, KeyError, IndexError, OSError, TypeError, MatReadError) as error:
-        raise DatasetError(f"{path} is no mask of SBD ({error}): download SBD again.") from error
+        raise DatasetError(f"{path} is not an SBD mask ({error}). Download SBD again.") from error

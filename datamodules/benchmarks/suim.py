@@ -1,10 +1,13 @@
-"""SUIM: underwater scenes; tested on only.
+"""SUIM: underwater scenes; for testing only.
 
 Home: https://irvlab.cs.umn.edu/resources/suim-dataset. Licence: none was found; for research.
-Classes: 8, of which one is the water itself. 1,525 images to train and validate, 110 to test; all given are used.
+Classes: 8, one of which is the water itself. 1,525 images for training and validation, 110 for testing; all images in
+the source are used.
 
-As published: train_val/images/*.jpg, train_val/masks/*.bmp; TEST/images, TEST/masks. A colour is a bit a channel.
-Prepared: images/*.jpg, masks/*.bmp; splits/test.json, for each class the images where it covers 2,048 pixels.
+As published: train_val/images/*.jpg, train_val/masks/*.bmp; TEST/images, TEST/masks. In a mask, each colour channel is
+one bit of the class id.
+Prepared: images/*.jpg, masks/*.bmp; splits/test.json, for each class the images in which it covers at least 2,048
+pixels.
 
 Islam, Edge, Xiao, Luo, Mehtaz, Morse, Enan, Sattar: Semantic Segmentation of Underwater Imagery. IROS 2020.
 """
@@ -20,16 +23,23 @@ from datamodules.errors import DatasetError
 from datamodules.prepare.source import Source, place_all
 from pmnet.segment.images import decode
 
-# In the order of the code red-green-blue, 000 to 111
+# Class id in bits: red, green, blue
 CLASSES = "background|divers|plants|wrecks|robots|reefs|fish|sea-floor".split("|")
 
 
 class SUIMDataset(Benchmark):
+    """SUIM; for testing only.
+
+    Args:
+        root: the prepared folder.
+        splits: folder with lists to use instead of the prepared ones.
+    """
+
     name = "suim"
     title = "SUIM"
     domain = "underwater"
     classes = tuple(CLASSES)
-    obtain = "train_val.zip and TEST.zip, by the link at https://irvlab.cs.umn.edu/resources/suim-dataset."
+    obtain = "train_val.zip and TEST.zip, linked at https://irvlab.cs.umn.edu/resources/suim-dataset."
     wanted = ("*images/*.jpg", "*masks/*.bmp")
 
     def image_path(self, name: str) -> Path:
@@ -59,6 +69,6 @@ class SUIMDataset(Benchmark):
             )
         if not any((ready / "masks").glob("*.bmp")):
             raise DatasetError(
-                f"No images/*.jpg with masks/*.bmp in {', '.join(map(str, source.paths))}. Wanted: {cls.obtain}"
+                f"No images/*.jpg with masks/*.bmp in {', '.join(map(str, source.paths))}. Download {cls.obtain}"
             )
         return notes

@@ -1,1 +1,1 @@
-"""Episodes: the batch type, who meets whom, and the LightningDataModule that supplies them."""
+"""Episodes: the batch type, the sampler, and the LightningDataModule that supplies the batches."""

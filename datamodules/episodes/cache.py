@@ -1,4 +1,4 @@
-"""Resized images in one memory-mapped file, for training that would else wait for decoding."""
+"""A cache of resized images in one memory-mapped file, for training that is limited by image decoding."""
 
 import hashlib
 import logging
@@ -23,30 +23,44 @@ Pair = tuple[Tensor, Tensor]
 
 
 class ImageCache(Mapping[str, Pair]):
-    """Image name -> (3, H, W) uint8 image and (H, W) uint8 index mask, as `resized` gives them.
+    """Maps an image name to its resized (3, H, W) uint8 image and (H, W) uint8 index mask.
 
-    One file, `<dataset>-<H>x<W>-<key>.npy` of (N, 4, H, W) uint8, built by the first process that asks while
-    others wait, and only read from then on. The key is made from the names, the size and the dataset's
-    files, so that a changed dataset gets a new file.
+    The cache is one file, `<dataset>-<H>x<W>-<key>.npy`, which holds a (N, 4, H, W) uint8 array. The first process
+    builds it while the others wait; afterwards it is only read. The key is a hash of the image names and of the
+    dataset's fingerprint, so a changed dataset gets a new file.
 
     Args:
-        folder: where the file is, or will be; on a local disk.
-        names: of all images that will be asked for, in any order.
+        folder: folder of the cache file, preferably on a local disk. It is created if missing.
+        dataset: the dataset that reads the images.
+        names: names of all images to cache, in any order.
+        size: (H, W) of the resized images.
 
     Raises:
-        DatasetError: no room on the disk; a broken image.
+        DatasetError: the disk has too little free space.
+        ImageError: an image cannot be read.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from datamodules.own.synthetic import SyntheticDataset
+        >>> dataset = SyntheticDataset(size=64, images_per_class=3, seed=0)
+        >>> names = dataset.images_of(0, "train")
+        >>> with TemporaryDirectory() as folder:
+        ...     cache = ImageCache(Path(folder), dataset, names, (32, 32))
+        ...     image, index = cache[names[0]]
+        >>> image.shape, index.shape, image.dtype
+        (torch.Size([3, 32, 32]), torch.Size([32, 32]), torch.uint8)
     """
 
     def __init__(self, folder: Path, dataset: FewShotDataset, names: Iterable[str], size: tuple[int, int]) -> None:
         self.names = sorted(set(names), key=str.encode)
         key = hashlib.sha256("\n".join([dataset.fingerprint(), *self.names]).encode()).hexdigest()
         self.path = folder / f"{dataset.name}-{size[0]}x{size[1]}-{key[:16]}.npy"
-        self.places = np.array([n.encode() for n in self.names], dtype=np.bytes_)
+        self.encoded = np.array([n.encode() for n in self.names], dtype=np.bytes_)  # sorted; row i holds image i
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
             if not self.path.exists():
                 self.build(dataset, size)
-        self.names = []  # a list of strings would grow in each worker
+        self.names = []  # reading a list of strings copies its memory into every worker
 
     def build(self, dataset: FewShotDataset, size: tuple[int, int]) -> None:
         shape = (len(self.names), 4, *size)
@@ -54,8 +68,8 @@ class ImageCache(Mapping[str, Pair]):
         if need > 0.95 * free:
             raise DatasetError(
                 f"The cache of {len(self.names)} images of {dataset.name} needs {need / 1e9:.1f} GB in "
-                f"{self.path.parent}, where {free / 1e9:.1f} GB are free: choose another folder by episodes.cache, "
-                "a smaller episodes.image_size, or episodes.cache=null."
+                f"{self.path.parent}, but only {free / 1e9:.1f} GB are free. Set episodes.cache to a folder on another "
+                "disk, reduce episodes.image_size, or disable the cache with episodes.cache=null."
             )
         log.info(
             "Caching %d resized images of %s (%.1f GB) in %s", len(self.names), dataset.name, need / 1e9, self.path
@@ -77,21 +91,21 @@ class ImageCache(Mapping[str, Pair]):
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Opened by each process for itself: a memory map does not travel to workers."""
+        """The memory-mapped array. Each process opens its own, because pickling would copy the pixels."""
         return np.load(self.path, mmap_mode="r")
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "rows"}
 
     def __getitem__(self, name: str) -> Pair:
-        place = int(np.searchsorted(self.places, name.encode()))
-        if place == len(self.places) or self.places[place] != name.encode():
+        i = int(np.searchsorted(self.encoded, name.encode()))
+        if i == len(self.encoded) or self.encoded[i] != name.encode():
             raise KeyError(name)
-        row = torch.from_numpy(np.array(self.rows[place]))
+        row = torch.from_numpy(np.array(self.rows[i]))
         return row[:3], row[3]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.encoded)
 
     def __iter__(self) -> Iterator[str]:
-        return (name.decode() for name in self.places)
+        return (name.decode() for name in self.encoded)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: classes and folds, reading, resizing, episodes."""
+"""The base class of all datasets: classes, folds, reading, and the sampling of episodes."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -20,19 +20,38 @@ Fold = int | Literal["all"]
 
 
 class FewShotDataset(ABC):
-    """A benchmark: its classes, its folds, and how its files are read. A subclass is one small file.
+    """A dataset: its classes, its folds, and how its files are read.
+
+    A subclass sets the attributes and implements `images_of`, `read_image` and `read_index`.
 
     Attributes:
+        name: name of the dataset, as in the config.
         classes: names of all classes; a class id is an index into them.
-        folds: the novel classes of each fold, by id.
-        test_only: whether it has no base classes, and so no folds.
-        name: as in the config.
-        splits: where the lists of images come from, recorded with every result.
-        domain: what kind of images; "any" for images of one's own.
-        tested_after: datasets of the same domain, training on which a published protocol tests this one.
-        synonyms: names of classes that another dataset calls otherwise -> a common name.
-        balanced: whether training draws a class first, and then its query, instead of every image once.
-        test_length: number of episodes of a published test.
+        folds: ids of the novel classes of each fold.
+        splits: origin of the image lists; recorded with every result.
+        test_only: True if the dataset has no base classes, and therefore no folds.
+        domain: kind of images, such as "natural"; "any" for the user's own images.
+        tested_after: datasets of the same domain for which a published protocol trains there and tests here.
+        synonyms: class name -> common name, for classes that other datasets name differently.
+        balanced: if True, training samples a class first and then its query; if False, it uses every image once.
+        test_length: number of episodes in the published test.
+
+    Example:
+        >>> import torch
+        >>> class Shades(FewShotDataset):
+        ...     name, splits = "shades", "ten images per class"
+        ...     classes, folds = ["dark", "bright"], [[0], [1]]
+        ...     def images_of(self, class_id, split):
+        ...         return [f"{self.classes[class_id]}/{i}" for i in range(10)]
+        ...     def read_image(self, name):
+        ...         return torch.full((3, 48, 64), 200 if "bright" in name else 50, dtype=torch.uint8)
+        ...     def read_index(self, name):
+        ...         return torch.full((48, 64), 2 if "bright" in name else 1, dtype=torch.uint8)
+        >>> dataset = Shades()
+        >>> dataset.base_classes(0), dataset.novel_classes(0)
+        ([1], [0])
+        >>> dataset.test_episodes([0], count=1, shot=2)
+        [EpisodeSpec(query='dark/5', supports=('dark/0', 'dark/3'), class_id=0)]
     """
 
     name: str
@@ -48,65 +67,132 @@ class FewShotDataset(ABC):
 
     @abstractmethod
     def images_of(self, class_id: int, split: Split) -> Sequence[str]:
-        """Names of the images that show a class, in a fixed order."""
+        """Names of the images that show a class, in a fixed order.
+
+        Args:
+            class_id: index into `classes`.
+            split: "train" or "test".
+        """
 
     @abstractmethod
     def read_image(self, name: str) -> Tensor:
-        """(3, H, W) uint8 RGB in the file's own size. Raises DatasetError."""
+        """Reads an image in its original size.
+
+        Returns:
+            (3, H, W) uint8 RGB.
+
+        Raises:
+            ImageError: the file is missing or cannot be read.
+        """
 
     @abstractmethod
     def read_index(self, name: str) -> Tensor:
-        """(H, W) uint8 index mask: class id + 1, 0 = none of the classes, 255 = ignore. Raises DatasetError."""
+        """Reads the index mask of an image in its original size.
+
+        Returns:
+            (H, W) uint8: class id + 1, 0 = none of the classes, 255 = ignore.
+
+        Raises:
+            ImageError: the file is missing or cannot be read.
+            DatasetError: the file is not a valid mask.
+        """
 
     def read_mask(self, name: str, class_id: int) -> Tensor:
-        """(H, W) uint8 mask of one class: 1, 0, or 255 = ignore. Raises DatasetError."""
+        """Reads the mask of one class.
+
+        Returns:
+            (H, W) uint8: 1 = the class, 0 = anything else, 255 = ignore.
+
+        Raises:
+            ImageError: the file is missing or cannot be read.
+            DatasetError: the file is not a valid mask.
+        """
         return self.of_class(self.read_index(name), class_id)
 
     def of_class(self, index: Tensor, class_id: int) -> Tensor:
-        """Of an index mask, the mask of one class: 1, 0, or 255 = ignore; uint8 of the same shape."""
+        """Extracts the mask of one class from an index mask.
+
+        Args:
+            index: uint8 index mask of any shape.
+            class_id: index into `classes`.
+
+        Returns:
+            uint8 of the same shape: 1 = the class, 0 = anything else, 255 = ignore.
+        """
         return (index == class_id + 1).to(torch.uint8).masked_fill_(index == IGNORE, IGNORE)
 
     def check(self, names: Iterable[str]) -> None:  # noqa: B027
-        """Raises DatasetError where a file of these images is missing; looks at folders, opens no image."""
+        """Checks that the files of the named images exist. Lists folders only; opens no image.
+
+        Raises:
+            DatasetError: a file is missing.
+        """
 
     def base_classes(self, fold: Fold) -> list[int]:
-        """The classes to train on: all that the fold does not hold out."""
+        """Ids of the classes to train on: all classes except the novel ones.
+
+        Args:
+            fold: number of the fold; "all" trains on every class.
+
+        Raises:
+            DatasetError: there is no such fold.
+        """
         if fold == "all":
             return list(range(len(self.classes)))
         return [c for c in range(len(self.classes)) if c not in self.folds[self.check_fold(fold)]]
 
     def novel_classes(self, fold: Fold) -> list[int]:
-        """The classes to test on; `all` tests on every class, seen in training or not."""
+        """Ids of the classes to test on: those that the fold holds out.
+
+        Args:
+            fold: number of the fold; "all" tests on every class, including those trained on.
+
+        Raises:
+            DatasetError: there is no such fold.
+        """
         return list(range(len(self.classes))) if fold == "all" else list(self.folds[self.check_fold(fold)])
 
     def validation_classes(self, fold: Fold) -> list[int]:
-        """The classes to choose the best epoch by; the field takes those of the test.
+        """Ids of the classes used to select the best epoch. By the field's convention these are the test classes.
 
         Args:
-            fold: of this dataset; "all" where training is on another.
+            fold: fold of this dataset; "all" if training uses another dataset.
+
+        Raises:
+            DatasetError: there is no such fold.
         """
         return self.novel_classes(fold)
 
     def target_classes(self, source: "FewShotDataset", fold: Fold) -> list[int]:
-        """The classes to test on, where training was on a fold of another dataset: all that have a pair of images."""
+        """Ids of the classes to test on after training on another dataset: all with at least two images.
+
+        Args:
+            source: the training dataset.
+            fold: the fold of `source` that was trained on.
+        """
         counts = {c: len(self.images_of(c, "test")) for c in range(len(self.classes))}
         few = [f"'{self.classes[c]}' has {n}" for c, n in counts.items() if n < 2]
         if few:
-            log.warning("Dataset %s: classes with fewer than 2 images are not tested: %s.", self.name, ", ".join(few))
+            log.warning("Dataset %s: skipping classes with fewer than 2 images: %s.", self.name, ", ".join(few))
         return [c for c, n in counts.items() if n >= 2]
 
     def test_episodes(
         self, class_ids: Sequence[int], count: int, shot: int, repeats: bool | None = None
     ) -> list[EpisodeSpec]:
-        """The list of test episodes, drawn ahead.
+        """Samples the list of test episodes. The same arguments always give the same list.
 
         Args:
-            count: length of the list.
-            shot: K.
-            repeats: whether an image may come twice among the K supports; None as the benchmark has it.
+            class_ids: classes to test on.
+            count: number of episodes.
+            shot: number of support images, K.
+            repeats: whether an image may appear twice among the K supports. None uses the dataset's default: the
+                published protocol of a benchmark, no repeats for other images.
+
+        Returns:
+            `count` episode specs.
 
         Raises:
-            DatasetError: a class with too few images.
+            DatasetError: a class has too few images.
         """
         repeats = bool(repeats)
         images = self.images(class_ids, "test", 1 if repeats else shot)
@@ -114,33 +200,42 @@ class FewShotDataset(ABC):
 
     @classmethod
     def common_name(cls, name: str) -> str:
-        """A class's name as other datasets would have it, to find classes that two of them share."""
+        """A class name in the form shared by all datasets, to find the classes that two datasets have in common."""
         return cls.synonyms.get(name, name).replace("_", " ").lower()
 
     def check_fold(self, fold: int) -> int:
+        """Returns `fold`, or raises DatasetError if there is no such fold."""
         if self.test_only:
             raise DatasetError(
-                f"Dataset {self.name} is only tested on: train on another dataset, dataset=pascal "
+                f"Dataset {self.name} is for testing only. Train on another dataset: dataset=pascal "
                 f"task=cross_domain target={self.name}."
             )
         if fold not in range(len(self.folds)):
             last = len(self.folds) - 1
-            have = f"folds 0 to {last}" if last else "fold 0 alone"
+            have = f"folds 0 to {last}" if last else "only fold 0"
             choices = f"fold.index=0..{last}" if last else "fold=0"
-            raise DatasetError(f"Dataset {self.name} has {have}, not {fold}: choose {choices}, or fold=all.")
+            raise DatasetError(f"Dataset {self.name} has {have}, not {fold}. Set {choices}, or fold=all.")
         return fold
 
     def images(self, class_ids: Sequence[int], split: Split, shot: int) -> Images:
-        """Images of each class.
+        """The images of each class, checked to be enough for episodes of `shot` supports.
+
+        Args:
+            class_ids: the classes.
+            split: "train" or "test".
+            shot: number of support images, K.
+
+        Returns:
+            Class id -> names of its images, at least K + 1.
 
         Raises:
-            DatasetError: no class, or a class with fewer images than an episode of `shot` supports needs.
+            DatasetError: `class_ids` is empty, or a class has fewer than K + 1 images.
         """
         what = "to train on" if split == "train" else "to test on"
         if not class_ids:
             raise DatasetError(
                 f"Dataset {self.name}: this fold leaves no class {what} "
-                f"({len(self.classes)} classes in {len(self.folds)} folds). Choose another fold or fewer folds."
+                f"({len(self.classes)} classes in {len(self.folds)} folds). Set another fold, or use fewer folds."
             )
         images = {c: self.images_of(c, split) for c in class_ids}
         small = [f"'{self.classes[c]}' has {len(n)}" for c, n in images.items() if len(n) < shot + 1]
@@ -152,21 +247,30 @@ class FewShotDataset(ABC):
         return images
 
     def fingerprint(self) -> str:
-        """A value that changes when the images or masks do."""
+        """A string that changes whenever the images or masks change."""
         return f"{self.name}: {self.splits}"
 
     def advice(self) -> str:
-        """What to do about a class with too few images."""
+        """What the user can do about a class with too few images; the end of an error message."""
         return "Use fewer shots."
 
 
 class Episodes(Dataset[Episode]):
-    """Reads the episodes of a list, or of `TrainingEpisodes`, from a benchmark's files.
+    """Reads the images and masks of episode specs.
 
     Args:
-        size: height and width of the tensors; multiples of 32.
-        ignored: classes whose pixels are marked 255 in the query masks.
-        cache: resized images and index masks by name, read instead of the files.
+        dataset: the dataset that reads the files.
+        specs: a list of episodes, or `TrainingEpisodes`.
+        size: (H, W) of the tensors; multiples of 32.
+        ignored: ids of classes whose pixels become 255 in the query masks.
+        cache: image name -> resized image and index mask, used instead of the files.
+
+    Example:
+        >>> from datamodules.own.synthetic import SyntheticDataset
+        >>> dataset = SyntheticDataset(size=64, images_per_class=5, seed=0)
+        >>> episodes = Episodes(dataset, dataset.test_episodes([0, 1], count=4, shot=2), size=(64, 96))
+        >>> len(episodes), episodes[3].query.shape, episodes[3].support_masks.shape
+        (4, torch.Size([3, 64, 96]), torch.Size([2, 64, 96]))
     """
 
     def __init__(
@@ -184,7 +288,11 @@ class Episodes(Dataset[Episode]):
         return self.specs.per_epoch if isinstance(self.specs, TrainingEpisodes) else len(self.specs)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Episode:
-        """A single episode, by place in the list, or by (epoch, index) in training."""
+        """Reads a single episode, without the batch axis.
+
+        Args:
+            key: position in the list; for `TrainingEpisodes`, the pair (epoch, index).
+        """
         spec = self.specs[key]  # type: ignore[index]
         query, index = self.read(spec.query)
         query_mask = self.dataset.of_class(index, spec.class_id)
@@ -204,12 +312,25 @@ class Episodes(Dataset[Episode]):
         )
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
-        """(3, H, W) uint8 image and (H, W) uint8 index mask, resized; from the cache if there is one."""
+        """Reads an image from the cache, if there is one, or from its file.
+
+        Returns:
+            The resized (3, H, W) uint8 image and (H, W) uint8 index mask.
+        """
         if self.cache is not None:
             return self.cache[name]
         return resized(self.dataset, name, self.size)
 
 
 def resized(dataset: FewShotDataset, name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(3, H, W) uint8 image and (H, W) uint8 index mask."""
+    """Reads an image and its index mask and resizes both.
+
+    Args:
+        dataset: the dataset that reads the files.
+        name: name of the image.
+        size: (H, W) to resize to.
+
+    Returns:
+        The (3, H, W) uint8 image and the (H, W) uint8 index mask.
+    """
     return resize_image(dataset.read_image(name), size), resize_mask(dataset.read_index(name), size)

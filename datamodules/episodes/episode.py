@@ -1,4 +1,4 @@
-"""The one batch type, and the one place where its fields, shapes and dtypes are written."""
+"""The batch type: the one definition of the fields, shapes and dtypes of an episode."""
 
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -6,35 +6,53 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORE = 255  # value of a mask's pixels that count neither as foreground nor as background
+IGNORE = 255  # mask value of pixels that are neither foreground nor background
 
 
 class EpisodeSpec(NamedTuple):
-    """Who meets whom: one row of an episode list, drawn before any image is touched."""
+    """One row of an episode list: the names of the query and of its supports. No image is read to sample it.
+
+    Attributes:
+        query: name of the query image.
+        supports: names of the K support images.
+        class_id: the class to segment, an index into the dataset's `classes`.
+
+    Example:
+        >>> EpisodeSpec("cat/1", ("cat/4", "cat/2"), 0).row()
+        ['cat/1', ['cat/4', 'cat/2'], 0]
+    """
 
     query: str
     supports: tuple[str, ...]
     class_id: int
 
     def row(self) -> list[str | list[str] | int]:
-        """As the published lists have it: [query, [supports], class]."""
+        """The spec as plain values in the form of the published lists: [query, [supports], class]."""
         return [self.query, list(self.supports), self.class_id]
 
 
 @dataclass
 class Episode:
-    """A batch of B episodes of K shots, or a single one without the axis B.
+    """A batch of B episodes with K support images each, or a single episode without the axis B.
 
-    Images travel as uint8; the backbone normalises them on its device.
+    Images stay uint8 until the backbone normalises them on its device.
 
     Attributes:
         query: (B, 3, H, W) uint8 RGB, 0..255.
-        query_mask: (B, H, W) uint8; 1 = the episode's class, 0 = not, 255 = counts as neither.
+        query_mask: (B, H, W) uint8; 1 = the episode's class, 0 = anything else, 255 = ignore.
         support: (B, K, 3, H, W) uint8 RGB, 0..255.
         support_masks: (B, K, H, W) uint8; 1 = the episode's class, 0 = anything else.
         class_id: (B,) int64, index into the dataset's `classes`.
-        index: (B,) int64, place in the episode list (test) or in the epoch (training).
-        spec: the B rows of the list that these are.
+        index: (B,) int64, position in the test list or in the training epoch.
+        spec: the B rows of the episode list.
+
+    Example:
+        >>> image, mask = torch.zeros(3, 32, 32, dtype=torch.uint8), torch.zeros(32, 32, dtype=torch.uint8)
+        >>> spec = EpisodeSpec("cat/1", ("cat/2",), 0)
+        >>> single = Episode(image, mask, image[None], mask[None], torch.tensor(0), torch.tensor(0), [spec])
+        >>> batch = Episode.collate([single, single])
+        >>> batch.query.shape, batch.support.shape
+        (torch.Size([2, 3, 32, 32]), torch.Size([2, 1, 3, 32, 32]))
     """
 
     query: Tensor
@@ -47,15 +65,17 @@ class Episode:
 
     @classmethod
     def collate(cls, episodes: list["Episode"]) -> "Episode":
-        """Stacks single episodes into a batch; all must have the same number of shots."""
+        """Stacks single episodes into a batch. All must have the same image size and number of shots."""
         stacked = {n: torch.stack([getattr(e, n) for e in episodes]) for n in TENSORS}
         return cls(**stacked, spec=[row for e in episodes for row in e.spec])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Episode":
+        """A copy whose tensors are on `device`."""
         moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in TENSORS}
         return replace(self, **moved)
 
     def pin_memory(self) -> "Episode":
+        """A copy whose tensors are in pinned memory; the DataLoader calls this."""
         return replace(self, **{n: getattr(self, n).pin_memory() for n in TENSORS})
 
 

@@ -1,4 +1,4 @@
-"""DataLoaders that take part in what happens to long trainings: clusters' signals, interruptions."""
+"""DataLoaders for long trainings: they resume in the middle of an epoch and work with signals and process groups."""
 
 import signal
 import time
@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 
 
 class EpisodeLoader(DataLoader[Any]):
-    """Starts its workers when no thread of a process group is about to enter the interpreter.
+    """A DataLoader that is safe to start while a process group is active.
 
-    One that does so just then, as gloo's do after a barrier, holds a lock that the worker would wait for forever
-    (Python 3.11).
+    After a barrier, a thread of the process group (such as gloo's) may be about to acquire the interpreter lock. A
+    worker forked at that moment inherits the held lock and waits forever (Python 3.11). A short pause before the
+    workers start avoids this.
     """
 
     def __iter__(self) -> Any:
@@ -23,26 +24,34 @@ class EpisodeLoader(DataLoader[Any]):
 
 
 class TrainingLoader(EpisodeLoader):
-    """Goes on in the middle of an epoch. The Trainer saves and loads the state with its checkpoints."""
+    """A loader that resumes in the middle of an epoch.
 
-    given = 0  # batches of this epoch so far
+    The Trainer saves `state_dict` in each checkpoint and loads it when a run is resumed. The sampler must have an
+    attribute `skip`, as `EpochSampler` has.
+    """
+
+    served = 0  # batches of this epoch so far
 
     def __iter__(self) -> Any:
-        self.given = self.sampler.skip  # type: ignore[attr-defined]
+        self.served = self.sampler.skip  # type: ignore[attr-defined]
         return self.counted(super().__iter__())
 
     def counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            self.given += 1
+            self.served += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self.given}
+        return {"batches": self.served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.sampler.skip = state["batches"] % len(self)  # type: ignore[attr-defined]
 
 
-def leave_the_end_to_the_first(worker: int) -> None:
-    """A cluster sends SIGTERM to every process of a job: those that read images go on until the first has saved."""
+def ignore_sigterm(worker: int) -> None:
+    """Initialises a worker so that it ignores SIGTERM.
+
+    A cluster sends SIGTERM to every process of a job. The workers must keep reading images until the main process has
+    saved its checkpoint.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The LightningDataModule: train, validation and test episodes of one fold of one setting."""
+"""The LightningDataModule: training, validation and test episodes of one fold of one setting."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from datamodules.episodes.cache import ImageCache
 from datamodules.episodes.dataset import Episodes, FewShotDataset, Fold
 from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
-from datamodules.episodes.loader import EpisodeLoader, TrainingLoader, leave_the_end_to_the_first
+from datamodules.episodes.loader import EpisodeLoader, TrainingLoader, ignore_sigterm
 from datamodules.episodes.sampler import EpochSampler, TrainingEpisodes, json_hash, list_hash
 from datamodules.episodes.tasks import check_pair, same_benchmark
 from datamodules.errors import DatasetError
@@ -21,33 +21,49 @@ log = logging.getLogger(__name__)
 
 
 class FewShotDataModule(L.LightningDataModule):
-    """Supplies `Episode` batches; the same episodes whatever the workers, batch size or processes.
+    """Supplies training, validation and test batches of type `Episode`.
+
+    The episodes do not depend on the number of workers, the batch size or the number of processes.
 
     Args:
-        dataset: where to train.
-        target: where to test; None is where training was, on classes that it held out.
-        validation: where to choose the best epoch; None is the training dataset, on classes that it held out.
-        task: cross_category, cross_dataset or cross_domain; decides which target goes with a dataset.
-        fold: its novel classes are tested on, all others trained on; "all" does both on every class.
+        dataset: dataset to train on.
+        fold: number of the fold whose novel classes are tested; all other classes are trained on. "all" trains and
+            tests on every class.
         shot: K of test episodes.
-        train_shot: K of training and validation episodes (1 by the field's convention), so that one training
-            serves tests of any K.
-        image_size: the side, or (H, W); multiples of 32.
-        batch_size: episodes of a training batch over all processes together.
-        test_batch_size: episodes of a validation or test batch of each process.
-        per_epoch: training episodes an epoch, rounded up to whole batches; None for one a pair of
-            image and class, or one an image where the classes are balanced.
-        val: validation episodes; None as many as a published test of the dataset has.
-        test: length of the test list; None as published.
-        repeats: whether an image may come twice among the K supports of a test episode; None as published.
-        novel_pixels: what pixels of the fold's novel classes are in training queries: "background", as the
-            published protocols have it, or "ignore": they count neither as right nor as wrong.
-        cache: folder for resized images, read instead of the files; None reads and resizes the files each time.
-        workers: processes that read images, each in every training process; 0 reads in place.
-        seed: of the training episodes. The test list always has seed 0, as published ones do.
+        train_shot: K of training and validation episodes (1 by the field's convention). It is independent of `shot`,
+            so that one training can be tested with any K.
+        image_size: side in pixels, or (H, W); multiples of 32.
+        batch_size: episodes per training batch, over all processes together.
+        test_batch_size: episodes per validation or test batch, on each process.
+        per_epoch: training episodes per epoch, rounded up to whole batches. None: one per (image, class) pair, or one
+            per image if the dataset is balanced.
+        val: number of validation episodes; None: as many as in the published test of the dataset.
+        test: number of test episodes; None: as published.
+        novel_pixels: how pixels of novel classes are labelled in training queries: "background", as in the published
+            protocols, or "ignore", which excludes them from the loss.
+        workers: worker processes that read images, per training process; 0 reads in the training process itself.
+        seed: seed of the training episodes. The test list always uses seed 0, as published lists do.
+        repeats: whether an image may appear twice among the K supports of a test episode; None: as published.
+        cache: folder for a cache of resized images; None reads and resizes the files each time.
+        task: cross_category, cross_dataset or cross_domain; determines which targets are allowed for a dataset.
+        target: dataset to test on; None tests on the novel classes of the training dataset.
+        validation: dataset used to select the best epoch; None uses the novel classes of the training dataset.
 
     Raises:
-        DatasetError: a setting that cannot be; a pair of datasets that is none of the task's.
+        DatasetError: a setting is invalid, or the task does not allow this pair of datasets.
+
+    Example:
+        >>> from datamodules.own.synthetic import SyntheticDataset
+        >>> data = FewShotDataModule(
+        ...     SyntheticDataset(size=64, images_per_class=5, seed=0), fold=0, shot=2, train_shot=1, image_size=64,
+        ...     batch_size=4, test_batch_size=3, per_epoch=8, val=6, test=6, novel_pixels="background", workers=0,
+        ...     seed=0,
+        ... )
+        >>> data.test_classes
+        ['striped disc', 'dotted square', 'ringed star', 'plain triangle', 'checked flower']
+        >>> batch = next(iter(data.test_dataloader()))
+        >>> batch.query.shape, batch.support_masks.shape
+        (torch.Size([3, 3, 64, 64]), torch.Size([3, 2, 64, 64]))
     """
 
     def __init__(
@@ -76,7 +92,7 @@ class FewShotDataModule(L.LightningDataModule):
         if height % 32 or width % 32:
             raise DatasetError(f"episodes.image_size must be multiples of 32, not {(height, width)}.")
         if novel_pixels not in ("background", "ignore"):
-            raise DatasetError(f"episodes.novel_pixels={novel_pixels} is not one of background, ignore.")
+            raise DatasetError(f"episodes.novel_pixels must be one of background, ignore, not {novel_pixels}.")
         counts = {"shot.k": shot, "train_shot": train_shot, "episodes.batch_size": batch_size}
         counts |= {"episodes.test_batch_size": test_batch_size}
         counts |= {f"episodes.{n}": c for n, c in (("val", val), ("test", test)) if c is not None}
@@ -93,72 +109,86 @@ class FewShotDataModule(L.LightningDataModule):
         self.novel_pixels, self.workers, self.seed = novel_pixels, workers, seed
         self.cache = Path(cache).expanduser() if cache else None
 
-    # Who is trained on, who is tested
+    # Classes and episodes
 
     @cached_property
     def base_class_ids(self) -> list[int]:
-        """Of `dataset`."""
+        """Ids of the training classes, in `dataset`."""
         return self.dataset.base_classes(self.fold)
 
     @cached_property
     def test_class_ids(self) -> list[int]:
-        """Of `target`."""
+        """Ids of the test classes, in `target`."""
         if self.same:
             return self.target.novel_classes(self.fold)
         return self.target.target_classes(self.dataset, self.fold)
 
     @cached_property
     def val_class_ids(self) -> list[int]:
-        """Of `validation`."""
+        """Ids of the validation classes, in `validation`."""
         fold = self.fold if same_benchmark(self.dataset, self.validation) else "all"
         return self.validation.validation_classes(fold)
 
     @cached_property
     def train_specs(self) -> TrainingEpisodes:
+        """The training episodes of all epochs."""
         images = self.dataset.images(self.base_class_ids, "train", self.train_shot)
         return TrainingEpisodes(images, self.train_shot, self.seed, self.dataset.balanced)
 
     @cached_property
     def test_specs(self) -> list[EpisodeSpec]:
+        """The list of test episodes."""
         count = self.test or self.target.test_length
         specs = self.target.test_episodes(self.test_class_ids, count, self.shot, self.repeats)
-        return self.all_drawn(specs, self.target, self.test_class_ids, "test")
+        return self.warn_of_missing_classes(specs, self.target, self.test_class_ids, "test")
 
     @cached_property
     def val_specs(self) -> list[EpisodeSpec]:
-        """Where validation and test are on the same classes and shots, the head of the test list."""
+        """The list of validation episodes: the head of the test list if classes and shots are the same."""
         count = self.val or self.validation.test_length
         specs = self.validation.test_episodes(self.val_class_ids, count, self.train_shot, self.repeats)
-        return self.all_drawn(specs, self.validation, self.val_class_ids, "val")
+        return self.warn_of_missing_classes(specs, self.validation, self.val_class_ids, "val")
 
-    def all_drawn(
+    def warn_of_missing_classes(
         self, specs: list[EpisodeSpec], dataset: FewShotDataset, class_ids: list[int], what: str
     ) -> list[EpisodeSpec]:
+        """Returns `specs`; warns if they are too few to include every class."""
         missing = sorted(set(class_ids) - {s.class_id for s in specs})
         if missing:
             log.warning(
-                "%d episodes (episodes.%s) of %s leave out %d of %d classes ('%s'...), which count as 0 in mIoU.",
-                *(len(specs), what, dataset.name, len(missing), len(class_ids), dataset.classes[missing[0]]),
+                "%d episodes of %s miss %d of %d classes ('%s', ...), which lower mIoU with an IoU of 0. "
+                "Increase episodes.%s.",
+                *(len(specs), dataset.name, len(missing), len(class_ids), dataset.classes[missing[0]], what),
             )
         return specs
 
     @property
     def base_classes(self) -> list[str]:
+        """Names of the training classes."""
         return [self.dataset.classes[c] for c in self.base_class_ids]
 
     @property
     def test_classes(self) -> list[str]:
+        """Names of the test classes."""
         return [self.target.classes[c] for c in self.test_class_ids]
 
     def seen(self, names: Iterable[str], of: str) -> list[str]:
-        """Tested classes that are among those of another dataset, under the same or another name."""
+        """The test classes that are among `names`, even if the two datasets name them differently.
+
+        Args:
+            names: class names of another dataset.
+            of: name of that dataset.
+
+        Returns:
+            Names in `target`, sorted.
+        """
         kind = all_datasets().get(of, FewShotDataset)
         others = {kind.common_name(name) for name in names}
         return sorted(name for name in self.test_classes if self.target.common_name(name) in others)
 
     @property
     def provenance(self) -> dict[str, object]:
-        """What a reader needs to know which episodes a number is about."""
+        """Identifies the test episodes behind a result, as plain values for `results.json`."""
         lists = {"test": lists_of(self.target, self.test_class_ids, "test")}
         lists |= {"train": self.train_lists} if self.same else {}
         return {
@@ -175,7 +205,7 @@ class FewShotDataModule(L.LightningDataModule):
 
     @property
     def training_record(self) -> dict[str, object]:
-        """What shapes a training, as plain values: goes into checkpoints."""
+        """Everything in the data that influences training, as plain values for checkpoints."""
         return {
             "dataset": self.dataset.name,
             "base_classes": self.base_classes,
@@ -196,31 +226,37 @@ class FewShotDataModule(L.LightningDataModule):
 
     @property
     def train_lists(self) -> dict[str, list[str]]:
+        """Training class -> names of its images."""
         return lists_of(self.dataset, self.base_class_ids, "train")
 
     # Batches
 
     def setup(self, stage: str) -> None:
-        """Draws the lists before any image is opened, so that what is missing shows at once."""
+        """Samples the episode lists and checks that their files exist, so that problems show before training.
+
+        Raises:
+            DatasetError: a file is missing, or a class has too few images.
+        """
         self.target.check(names_of(self.test_specs))
         if stage == "fit":
             self.dataset.check(names for c in self.train_specs.images.values() for names in c)
             self.validation.check(names_of(self.val_specs))
 
     def test_dataset(self) -> Episodes:
+        """The test episodes as a map-style dataset of single episodes."""
         return Episodes(self.target, self.test_specs, self.image_size)
 
     def train_dataloader(self) -> DataLoader[Episode]:
-        process, processes = self.place
+        process, processes = self.rank
         if self.batch_size % processes:
             raise DatasetError(
-                f"episodes.batch_size={self.batch_size} (over all processes) does not divide by {processes} processes."
+                f"episodes.batch_size={self.batch_size} (over all processes) is not divisible by {processes} processes."
             )
         wanted = self.per_epoch or self.train_specs.per_epoch
         length = -(-wanted // self.batch_size) * self.batch_size
         sampler = EpochSampler(length, self.batch_size, process, processes)
         novel = self.dataset.novel_classes(self.fold) if self.fold != "all" else []
-        one_class = len(self.dataset.classes) >= IGNORE  # FSS-1000: more classes than values, so a mask knows its own
+        one_class = len(self.dataset.classes) >= IGNORE  # FSS-1000: a mask shows only the class of its own image
         ignored = novel if self.novel_pixels == "ignore" and not one_class else []
         every_class = range(len(self.dataset.classes))  # one cache for all folds
         names = (n for c in every_class for n in self.dataset.images_of(c, "train"))
@@ -228,7 +264,7 @@ class FewShotDataModule(L.LightningDataModule):
             self.dataset, self.train_specs, self.image_size, ignored, self.cache_of(self.dataset, names)
         )
         if self.trainer:
-            sampler.set_epoch(self.trainer.current_epoch)  # workers read ahead before the Trainer says it
+            sampler.set_epoch(self.trainer.current_epoch)  # workers prefetch before the Trainer calls set_epoch
         return self.loader(episodes, self.batch_size // processes, sampler, keep_workers=True, kind=TrainingLoader)
 
     def val_dataloader(self) -> DataLoader[Episode]:
@@ -240,10 +276,10 @@ class FewShotDataModule(L.LightningDataModule):
         return self.eval_loader(self.test_dataset(), keep_workers=False)
 
     def eval_loader(self, episodes: Episodes, keep_workers: bool) -> DataLoader[Episode]:
-        """Every process takes its own part of the list: none twice, none left out, uneven if need be."""
-        process, processes = self.place
-        mine = range(process, len(episodes), processes)
-        return self.loader(episodes, self.test_batch_size, mine, keep_workers)
+        """Splits the list among the processes: each episode exactly once, in shares that may differ by one."""
+        process, processes = self.rank
+        share = range(process, len(episodes), processes)
+        return self.loader(episodes, self.test_batch_size, share, keep_workers)
 
     def loader(  # type: ignore[no-untyped-def]
         self,
@@ -259,7 +295,7 @@ class FewShotDataModule(L.LightningDataModule):
             sampler=sampler,
             num_workers=self.workers,
             collate_fn=Episode.collate,
-            worker_init_fn=leave_the_end_to_the_first,
+            worker_init_fn=ignore_sigterm,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=keep_workers and self.workers > 0,
         )
@@ -268,14 +304,16 @@ class FewShotDataModule(L.LightningDataModule):
         return ImageCache(self.cache, dataset, names, self.image_size) if self.cache else None
 
     @property
-    def place(self) -> tuple[int, int]:
-        """(this process, number of processes)."""
+    def rank(self) -> tuple[int, int]:
+        """(rank of this process, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
 def names_of(specs: list[EpisodeSpec]) -> Iterable[str]:
+    """Names of all images of some episodes, with repetitions."""
     return (name for spec in specs for name in (spec.query, *spec.supports))
 
 
 def lists_of(dataset: FewShotDataset, class_ids: list[int], split: str) -> dict[str, list[str]]:
+    """Class name -> names of its images."""
     return {dataset.classes[c]: list(dataset.images_of(c, split)) for c in class_ids}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Labelled pixels of the base classes, for pre-training a backbone. No novel class's pixel is in them."""
+"""Labelled pixels of the base classes for pretraining a backbone. Pixels of novel classes are painted over."""
 
 import lightning as L
 import torch
@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from datamodules.episodes.dataset import FewShotDataset, Fold
 from datamodules.episodes.episode import IGNORE
-from datamodules.episodes.loader import TrainingLoader, leave_the_end_to_the_first
+from datamodules.episodes.loader import TrainingLoader, ignore_sigterm
 from datamodules.episodes.sampler import EpochSampler, shuffled
 from datamodules.errors import DatasetError
 
@@ -17,13 +17,28 @@ GREY = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)  # ImageNe
 
 
 class BasePixels(Dataset[tuple[Tensor, Tensor]]):
-    """Randomly cropped, flipped and coloured images of a fold's base classes.
+    """Images of a fold's base classes with random crops, flips and colour jitter.
 
-    Pixels of novel classes are painted over in the image and marked 255 in the mask, so that what is learned
-    cannot depend on them. Each item is a function of (seed, epoch, index) alone.
+    Pixels of novel classes are grey in the image and 255 in the mask, so that the backbone cannot learn from them.
+    Each item depends only on (seed, epoch, index).
 
     Args:
-        smallest_crop: smallest share of the image that a crop covers.
+        dataset: the dataset to train on.
+        fold: the fold whose novel classes are painted over.
+        size: (H, W) of the crops.
+        smallest_crop: smallest share of the image area that a crop covers, 0..1.
+        seed: seed of the order and of the augmentation.
+
+    Raises:
+        DatasetError: a mask of the dataset shows only one class, or there is no such fold.
+
+    Example:
+        >>> from datamodules.own.synthetic import SyntheticDataset
+        >>> dataset = SyntheticDataset(size=64, images_per_class=2, seed=0)
+        >>> pixels = BasePixels(dataset, fold=0, size=(32, 32), smallest_crop=0.3, seed=0)
+        >>> image, mask = pixels[0, 5]  # epoch 0, index 5
+        >>> len(pixels), image.shape, mask.shape, mask.dtype
+        (30, torch.Size([3, 32, 32]), torch.Size([32, 32]), torch.uint8)
     """
 
     def __init__(
@@ -33,8 +48,8 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
         self.base = dataset.base_classes(fold)
         if len(dataset.classes) >= IGNORE:
             raise DatasetError(
-                f"A mask of {dataset.name} knows one class alone, so a backbone cannot be taught its pixels: choose "
-                "another dataset for mode=pretrain."
+                f"A mask of {dataset.name} shows only one class, so novel pixels cannot be found and painted over. "
+                "Set another dataset for mode=pretrain."
             )
         images = dataset.images(self.base, "train", 0)
         self.names = sorted({name for names in images.values() for name in names})
@@ -50,7 +65,14 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
         return len(self.names)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(3, H, W) uint8 image; (H, W) uint8: place among the base classes + 1, 0 = none, 255 = ignore."""
+        """Reads and augments one image.
+
+        Args:
+            key: the pair (epoch, index). Every `len(self)` indices are a new random order of all images.
+
+        Returns:
+            The (3, H, W) uint8 image, and its (H, W) uint8 mask: i + 1 = i-th base class, 0 = none, 255 = ignore.
+        """
         epoch, index = key
         round_, place = divmod(index, len(self))
         name = self.names[shuffled(self.seed, epoch, round_, len(self))[place]]
@@ -61,6 +83,7 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
     def without_novel(self, name: str) -> tuple[Tensor, Tensor]:
+        """The image with novel classes painted grey, and its mask of renumbered base classes, in original size."""
         image, index = self.dataset.read_image(name), self.dataset.read_index(name)
         place = torch.full((256,), IGNORE, dtype=torch.uint8)
         place[0] = 0
@@ -72,12 +95,13 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
 
 
 class PixelDataModule(L.LightningDataModule):
-    """Training batches of `BasePixels`.
+    """Supplies the batches for pretraining a backbone.
 
     Args:
-        batch_size: images of a batch over all processes together.
-        images_per_epoch: rounded up to whole batches.
-        workers: processes that read images.
+        pixels: the images and masks.
+        batch_size: images per batch, over all processes together.
+        images_per_epoch: images per epoch, rounded up to whole batches.
+        workers: worker processes that read images, per training process.
     """
 
     def __init__(self, pixels: BasePixels, batch_size: int, images_per_epoch: int, workers: int) -> None:
@@ -88,15 +112,15 @@ class PixelDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         process, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.batch_size % processes:
-            raise DatasetError(f"pretrain.batch_size={self.batch_size} does not divide by {processes} processes.")
+            raise DatasetError(f"pretrain.batch_size={self.batch_size} is not divisible by {processes} processes.")
         sampler = EpochSampler(self.length, self.batch_size, process, processes)
         if self.trainer:
-            sampler.set_epoch(self.trainer.current_epoch)  # workers read ahead before the Trainer says it
+            sampler.set_epoch(self.trainer.current_epoch)  # workers prefetch before the Trainer calls set_epoch
         return TrainingLoader(
             self.pixels,
             batch_size=self.batch_size // processes,
             sampler=sampler,
             num_workers=self.workers,
-            worker_init_fn=leave_the_end_to_the_first,
+            worker_init_fn=ignore_sigterm,
             persistent_workers=self.workers > 0,
         )

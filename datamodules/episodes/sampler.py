@@ -1,5 +1,5 @@
-"""Who meets whom: episodes as pure functions of their place, so that workers, batch size and the number
-of processes change nothing."""
+"""Sampling of episodes. Each episode depends only on its position and the seed, so the number of workers, the batch
+size and the number of processes do not change it."""
 
 import hashlib
 import json
@@ -11,64 +11,69 @@ from torch.utils.data import Sampler
 
 from datamodules.episodes.episode import EpisodeSpec
 
-Images = dict[int, Sequence[str]]  # class id -> names of the images that show it
+Images = dict[int, Sequence[str]]  # class id -> names of the images that show the class
 
 
 class Draw:
-    """Numpy's legacy generator, used as the published loaders use it.
+    """Random draws with NumPy's legacy generator, in the way of the published loaders.
 
     Args:
-        repeats: whether an image may come twice among the K supports of an episode, as published.
-        seed: 0 in all published results.
+        repeats: whether an image may appear twice among the K supports of an episode, as in the published lists.
+        seed: seed of the generator; 0 in all published results.
+
+    Example:
+        >>> draw = Draw(repeats=False)
+        >>> draw.index(10), draw.supports(["a", "b", "c", "d"], query="b", shot=2)
+        (2, ('a', 'c'))
     """
 
     def __init__(self, repeats: bool = True, seed: int = 0) -> None:
         self.random, self.repeats = np.random.RandomState(seed), repeats
 
-    def place(self, n: int) -> int:
-        """One of 0..n-1. This way of asking shuffles all n, and so takes other numbers than `choice(n)`."""
+    def index(self, n: int) -> int:
+        """Draws one of 0..n-1. `replace=False` shuffles all n, so the result differs from that of `choice(n)`."""
         return int(self.random.choice(n, 1, replace=False)[0])
 
     def supports(self, names: Sequence[str], query: str, shot: int) -> tuple[str, ...]:
-        """K names that are not the query's."""
+        """Draws `shot` names that differ from the query."""
         supports: list[str] = []
         while len(supports) < shot:
-            name = names[self.place(len(names))]
+            name = names[self.index(len(names))]
             if name != query and (self.repeats or name not in supports):
                 supports.append(name)
         return tuple(supports)
 
 
 class PlainDraw(Draw):
-    """For images of one's own, of which nothing is published."""
+    """Random draws for the user's own images, for which there is no published protocol."""
 
-    def place(self, n: int) -> int:
+    def index(self, n: int) -> int:
         return int(self.random.choice(n))
 
 
-# Each draw of a test list takes the images of each class, at least two (K+1 where supports do not repeat).
+# The functions below sample test lists. Each class in `images` needs at least 2 images (K + 1 without repeats).
 
 
 def draw_in_turn(images: Images, episodes: int, shot: int, draw: Draw) -> list[EpisodeSpec]:
-    """Class i mod n for episode i, its query at random (Deepglobe, ISIC, Chest X-ray: PATNet)."""
+    """Cycles through the classes and draws a random query of each (Deepglobe, ISIC, Chest X-ray: PATNet)."""
     classes = sorted(images)
     drawn = []
     for i in range(episodes):
         class_id = classes[i % len(classes)]
         names = images[class_id]
-        query = names[draw.place(len(names))]
+        query = names[draw.index(len(names))]
         drawn.append(EpisodeSpec(query, draw.supports(names, query, shot), class_id))
     return drawn
 
 
 def draw_any_class(images: Images, episodes: int, shot: int, draw: Draw) -> list[EpisodeSpec]:
-    """Class at random, then its query (COCO-20i: HSNet)."""
+    """Draws a random class, then a random query of this class (COCO-20i: HSNet)."""
     classes = sorted(images)
     drawn = []
     for _ in range(episodes):
-        class_id = classes[draw.place(len(classes))]
+        class_id = classes[draw.index(len(classes))]
         names = images[class_id]
-        query = names[draw.place(len(names))]
+        query = names[draw.index(len(names))]
         drawn.append(EpisodeSpec(query, draw.supports(names, query, shot), class_id))
     return drawn
 
@@ -76,7 +81,7 @@ def draw_any_class(images: Images, episodes: int, shot: int, draw: Draw) -> list
 def draw_listed(
     queries: Sequence[tuple[str, int]], images: Images, episodes: int, shot: int, draw: Draw
 ) -> list[EpisodeSpec]:
-    """Query i mod n of a list of (image, class), in its order (PASCAL-5i, FSS-1000: HSNet)."""
+    """Cycles through a fixed list of queries, pairs (image, class id) (PASCAL-5i, FSS-1000: HSNet)."""
     drawn = []
     for i in range(episodes):
         query, class_id = queries[i % len(queries)]
@@ -85,10 +90,14 @@ def draw_listed(
 
 
 class Names(Sequence[str]):
-    """A list of names as one array: a worker process that reads it copies nothing.
+    """A sequence of strings stored in one array, which forked workers can read without copying memory.
 
-    (Reading a list of Python strings writes their reference counts, and so copies their pages into each
-    worker, one after the other.)
+    Reading a list of Python strings updates their reference counts, so each worker gradually copies all its pages.
+
+    Example:
+        >>> names = Names(["cat/1", "cat/2", "dog/1"])
+        >>> len(names), names[1], list(names[1:])
+        (3, 'cat/2', ['cat/2', 'dog/1'])
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -102,22 +111,28 @@ class Names(Sequence[str]):
 
 
 class TrainingEpisodes:
-    """Training episodes, each a function of (seed, epoch, index) alone.
+    """Training episodes. Each depends only on (seed, epoch, index).
 
-    Every (image, class) pair is the query once before any is a second time, in an order shuffled anew each
-    epoch; or, balanced, a class is drawn first, then its query. Supports are drawn at random from the other images
-    of the class, without repeats.
+    By default, every (image, class) pair becomes the query once before any pair is repeated, in a new random order
+    each epoch. If `balanced`, a random class is drawn first, then a random query of this class. The supports are
+    drawn without repeats from the other images of the class.
 
     Args:
-        images: of each class, at least K+1.
-        shot: K.
-        balanced: draws each class as often as any other, however many images it has.
+        images: class id -> names of its images, at least K + 1.
+        shot: number of support images, K.
+        seed: seed of all draws.
+        balanced: draw all classes equally often, whatever their number of images.
+
+    Example:
+        >>> episodes = TrainingEpisodes({0: ["a", "b", "c"], 4: ["d", "e"]}, shot=1, seed=0)
+        >>> episodes.pairs, episodes[0, 0]  # epoch 0, index 0
+        (5, EpisodeSpec(query='b', supports=('c',), class_id=0))
     """
 
     def __init__(self, images: Images, shot: int, seed: int, balanced: bool = False) -> None:
         self.images, self.shot, self.seed, self.balanced = images, shot, seed, balanced
         self.classes = np.array(sorted(images))
-        self.ends = np.cumsum([len(images[c]) for c in self.classes])  # pair number -> class, without a list
+        self.ends = np.cumsum([len(images[c]) for c in self.classes])  # class i: pairs ends[i - 1] .. ends[i] - 1
 
     @property
     def pairs(self) -> int:
@@ -126,11 +141,15 @@ class TrainingEpisodes:
 
     @cached_property
     def per_epoch(self) -> int:
-        """Episodes of an epoch, unless chosen otherwise: as many as pairs; balanced, as there are images."""
+        """Default number of episodes per epoch: the number of pairs, or of different images if `balanced`."""
         return len({n for names in self.images.values() for n in names}) if self.balanced else self.pairs
 
     def __getitem__(self, key: tuple[int, int]) -> EpisodeSpec:
-        """The episode at `index` of `epoch`; an index past the last pair starts over in a new order."""
+        """Samples one episode.
+
+        Args:
+            key: the pair (epoch, index). An index beyond the last pair starts over in a new order.
+        """
         epoch, index = key
         random = np.random.default_rng([self.seed, epoch, index])
         if self.balanced:
@@ -150,21 +169,28 @@ class TrainingEpisodes:
 
 @lru_cache(maxsize=2)
 def shuffled(seed: int, epoch: int, round_: int, length: int) -> np.ndarray:
+    """A random permutation of 0..length-1, (length,) int64. `round_` counts the passes within an epoch."""
     return np.random.default_rng([seed, epoch, round_, length]).permutation(length)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Keys (epoch, index) of this process's share of an epoch's training episodes.
+    """Yields the keys (epoch, index) of one process's share of the training episodes.
 
-    Each global batch is cut into contiguous shares, one a process, so that the batches of N processes
-    together are those of one. The Trainer calls `set_epoch`.
+    Each global batch is split into contiguous shares, one per process, so that N processes together train on the same
+    batches as one process. The Trainer calls `set_epoch`.
 
     Args:
-        length: episodes per epoch over all processes, a multiple of `batch_size`.
-        batch_size: global batch size, a multiple of `processes`.
+        length: episodes per epoch over all processes; a multiple of `batch_size`.
+        batch_size: global batch size; a multiple of `processes`.
+        process: rank of this process.
+        processes: number of processes.
 
     Attributes:
-        skip: batches to leave out of the next pass, where an epoch is gone on with.
+        skip: number of batches to skip in the next pass, when an epoch is resumed.
+
+    Example:
+        >>> list(EpochSampler(length=8, batch_size=4, process=1, processes=2))
+        [(0, 2), (0, 3), (0, 6), (0, 7)]
     """
 
     def __init__(self, length: int, batch_size: int, process: int = 0, processes: int = 1) -> None:
@@ -173,6 +199,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Moves to another epoch and resets `skip`; the current epoch changes nothing."""
         if epoch != self.epoch:
             self.epoch, self.skip = epoch, 0
 
@@ -188,9 +215,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def list_hash(episodes: list[EpisodeSpec]) -> str:
-    """sha256 of an episode list as JSON rows [query, [supports], class]."""
+    """Hash of an episode list: the sha256 of its JSON rows [query, [supports], class], in hex."""
     return json_hash([e.row() for e in episodes])
 
 
 def json_hash(value: object) -> str:
+    """sha256 of a value's compact JSON, in hex.
+
+    Example:
+        >>> json_hash({"a": [1, 2]})[:12]
+        '01530d164d47'
+    """
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""Images of one's own, and synthetic ones."""
+"""Datasets of the user's own images, and the synthetic dataset."""

@@ -1,10 +1,9 @@
-"""Drawn shapes with textures: endless, deterministic, no files. For first runs and for tests.
+"""A synthetic dataset of textured shapes: deterministic, generated on the fly, no files. For first runs and tests.
 
-A class is a texture on a shape ("ringed gear"); colours, size, place and angle are drawn anew for each
-object, so nothing but the texture and the outline tells the classes apart. Every image shows its class
-once or twice among objects of the other classes of the same fold, on a coloured ground: marking everything
-as foreground, or the biggest object, scores low. Images of one fold never show a class of another, so that
-no novel class is seen in training, not even as background.
+A class is a texture on a shape ("ringed gear"). Each object has a random colour, size, position and angle, so only the
+texture and the outline distinguish the classes. An image shows its class once or twice among objects of other classes
+of the same fold, on a coloured background, so marking everything or only the biggest object scores low. Images of one
+fold never show a class of another fold, so training never shows a novel class, not even as background.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ def honeycomb(x: Array, y: Array) -> Array:
     return np.cos(x) + np.cos(0.5 * x + 0.866 * y) + np.cos(0.5 * x - 0.866 * y)
 
 
-# (x, y) in radians of the texture's period, centred on the object -> brightness, cut at 0
+# (x, y) in radians of the texture's period, from the centre of the object -> brightness; above 0 is the first colour
 TEXTURES: dict[str, Callable[[Array, Array], Array]] = {
     "striped": lambda x, y: np.sin(x),
     "dotted": lambda x, y: np.cos(x) + np.cos(y) - 0.6,
@@ -53,7 +52,7 @@ TEXTURES: dict[str, Callable[[Array, Array], Array]] = {
     "quartered": lambda x, y: x * y,
 }
 
-# angle -> radius of the outline, at most 1
+# angle in radians -> radius of the outline, relative to the object's radius
 SHAPES: dict[str, Callable[[Array], Array]] = {
     "disc": lambda a: np.full_like(a, 0.85),
     "square": lambda a: 0.72 / np.cos((a + np.pi / 4) % (np.pi / 2) - np.pi / 4),
@@ -65,27 +64,35 @@ SHAPES: dict[str, Callable[[Array], Array]] = {
 }
 
 CLASSES = tuple(f"{texture} {shape}" for texture, shape in zip(TEXTURES, list(SHAPES) * 3, strict=False))
-TEST_NUMBERS = 1_000_000  # images are numbered from 0 for training and from here for testing
+TEST_NUMBERS = 1_000_000  # training images are numbered from 0, test images from here
 
 
 class SyntheticDataset(FewShotDataset):
-    """20 classes in 4 folds of 5.
+    """Synthetic images of 20 classes in 4 folds of 5.
 
     Args:
-        size: side of the square images in pixels; of [height, width] the longer one.
-        images_per_class: how many different images a class has for training, and as many for testing.
-        seed: another seed draws other images.
+        size: side of the square images in pixels, or [height, width], of which the longer side is used.
+        images_per_class: number of training images per class; there are as many test images.
+        seed: seed of the images.
+
+    Example:
+        >>> dataset = SyntheticDataset(size=64, images_per_class=2, seed=0)
+        >>> dataset.images_of(0, "test")
+        ['striped disc 1000000', 'striped disc 1000001']
+        >>> image, index = dataset.read_image("striped disc 1000000"), dataset.read_index("striped disc 1000000")
+        >>> image.shape, index.unique().tolist()
+        (torch.Size([3, 64, 64]), [0, 1, 3, 4, 5])
     """
 
     name = "synthetic"
-    domain = "drawn"
+    domain = "synthetic"
     classes = CLASSES
     folds = tuple(tuple(range(5 * fold, 5 * fold + 5)) for fold in range(4))
 
     def __init__(self, size: int | Sequence[int], images_per_class: int, seed: int) -> None:
         self.size = size if isinstance(size, int) else max(size)
         self.images_per_class, self.seed = images_per_class, seed
-        self.splits = f"drawn, seed {seed}; training and test images are apart"
+        self.splits = f"synthetic, seed {seed}; training and test images are disjoint"
 
     def images_of(self, class_id: int, split: Split) -> Sequence[str]:
         first = TEST_NUMBERS if split == "test" else 0
@@ -100,7 +107,16 @@ class SyntheticDataset(FewShotDataset):
 
 @lru_cache(maxsize=8)
 def draw(name: str, size: int, seed: int) -> tuple[Array, Array]:
-    """(size, size, 3) uint8 image and (size, size) uint8 index mask, a function of the arguments alone."""
+    """Draws an image and its index mask. The result depends only on the arguments.
+
+    Args:
+        name: class name and number, such as "striped disc 0000007".
+        size: side of the image in pixels.
+        seed: seed of the dataset.
+
+    Returns:
+        The (size, size, 3) uint8 image and the (size, size) uint8 index mask.
+    """
     class_name, number = name.rsplit(" ", 1)
     class_id = CLASSES.index(class_name)
     random = np.random.default_rng([seed, class_id, int(number)])
@@ -126,7 +142,7 @@ def draw(name: str, size: int, seed: int) -> tuple[Array, Array]:
 
 
 def ground(random: np.random.Generator, size: int) -> Array:
-    """A smooth mixture of two colours, (size, size, 3) float32."""
+    """A background that blends smoothly between two random colours, (size, size, 3) float32."""
     coarse = random.uniform(0, 1, (5, 5)).astype(np.float32)
     at = np.linspace(0, 3.999, size, dtype=np.float32)
     low, part = at.astype(int), (at % 1)
@@ -139,7 +155,7 @@ def ground(random: np.random.Generator, size: int) -> Array:
 def draw_object(
     image: Array, index: Array, random: np.random.Generator, class_id: int, x: float, y: float, radius: float
 ) -> None:
-    """Paints one object of a class into image and index mask, with colours, angles and period of its own."""
+    """Paints one object with random colours, angles and texture period into the image and the index mask."""
     size = len(index)
     texture, shape = CLASSES[class_id].split()
     top, left = max(int(y - radius), 0), max(int(x - radius), 0)
@@ -153,6 +169,6 @@ def draw_object(
     v = (np.cos(slant) * dy - np.sin(slant) * dx) * frequency
     bright = TEXTURES[texture](u, v) > 0
     first = random.uniform(0, 255, 3).astype(np.float32)
-    second = (first + random.uniform(80, 175, 3).astype(np.float32)) % 255  # never too alike
+    second = (first + random.uniform(80, 175, 3).astype(np.float32)) % 255  # clearly different from the first
     image[box] = np.where(inside[..., None], np.where(bright[..., None], first, second), image[box])
     index[box] = np.where(inside, class_id + 1, index[box])

@@ -1,1 +1,1 @@
-"""Published files -> a ready folder. `python -m datamodules.prepare --help`."""
+"""Prepares a benchmark from its published files. See `python -m datamodules.prepare --help`."""

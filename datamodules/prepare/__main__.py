@@ -1,4 +1,4 @@
-"""Published files -> a ready folder.
+"""Prepares a benchmark folder from its published files.
 
 python -m datamodules.prepare pascal --source VOCtrainval_11-May-2012.tar benchmark.tgz --root data
 """
@@ -23,19 +23,17 @@ def arguments() -> argparse.Namespace:
     wanted = "\n".join(f"  {name:11} {kind.obtain}" for name, kind in KINDS.items())
     parser = argparse.ArgumentParser(
         "python -m datamodules.prepare",
-        description="Makes ROOT/<name> from the files as published, with a manifest. Nothing is fetched "
-        "unless --download is given. An interrupted preparation is gone on with by the same command.",
+        description="Prepares the folder ROOT/<name> with a manifest from a benchmark's published files. Downloads "
+        "nothing without --download. To resume an interrupted preparation, run the same command again.",
         epilog=f"what to download:\n{wanted}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=KINDS, metavar="name", help=", ".join(KINDS))
-    parser.add_argument("--source", nargs="+", type=Path, default=[], help="archives or folders, as downloaded")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="where ready folders are (default: data)")
-    parser.add_argument("--splits", type=Path, help="folder with the published lists, where they are at hand")
-    parser.add_argument("--download", action="store_true", help="fetch the published lists, and what needs no login")
-    parser.add_argument(
-        "--check", action="store_true", help="verify every file of a prepared folder, and do nothing else"
-    )
+    parser.add_argument("--source", nargs="+", type=Path, default=[], help="the downloaded archives or folders")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="parent of the prepared folder (default: data)")
+    parser.add_argument("--splits", type=Path, help="folder with the published lists, if you have them")
+    parser.add_argument("--download", action="store_true", help="download the lists, and the files that need no login")
+    parser.add_argument("--check", action="store_true", help="only verify every file of a prepared folder")
     return parser.parse_args()
 
 
@@ -48,22 +46,24 @@ def main() -> None:
             manifest = check(kind, ready)
         else:
             manifest = prepare(kind, args.source, args.root, args.splits, args.download)
-    except (DatasetError, ImageError, OSError) as error:  # of the disk: full, read-only
+    except (DatasetError, ImageError, OSError) as error:  # OSError: the disk is full or read-only
         again = (
-            "" if isinstance(error, (DatasetError, ImageError)) else ". Once that is mended, the same command goes on."
+            ""
+            if isinstance(error, (DatasetError, ImageError))
+            else ". Check free space and permissions, then run the command again."
         )
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error) + again)}", highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit("Interrupted: the same command goes on.")
+        sys.exit("Interrupted. Run the same command again to resume.")
     lines = [("ready", f"{ready.absolute()}: {manifest['counts']['pairs']:,} images with masks")]
     lines += [("rule", rule) for rule in manifest["rules"]] + [("lists", manifest["lists"]["origin"])]
     for name, text in lines:
         console.print(f"[bold]{name:6}[/] {escape(text)}", highlight=False)
     if kind.published and "; the published" not in manifest["lists"]["origin"]:
         console.print(
-            "[bold yellow]Numbers on these lists do not compare with published ones.[/] The published lists come by "
-            "--download, or from a folder by --splits; move the ready folder away first."
+            "[bold yellow]Results on these lists are not comparable with published ones.[/] To use the published "
+            "lists, move the prepared folder away, then run again with --download or --splits FOLDER."
         )
 
 

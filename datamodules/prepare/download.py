@@ -1,4 +1,4 @@
-"""Fetching what its publisher lets anybody download: resumed, verified, with progress."""
+"""Downloads published files that need no login; resumes interrupted downloads and verifies checksums."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,10 +15,15 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Download:
-    """A file on the net.
+    """A file to download.
 
     Attributes:
-        digest: "md5:..." or "sha256:..." of the whole file; "" where none is published.
+        url: address of the file.
+        digest: "md5:..." or "sha256:..." of the whole file; "" if none is published.
+
+    Example:
+        >>> Download("https://example.org/files/train.zip").name
+        'train.zip'
     """
 
     url: str
@@ -26,14 +31,22 @@ class Download:
 
     @property
     def name(self) -> str:
+        """File name: the last part of the address."""
         return self.url.rsplit("/", 1)[1]
 
 
 def fetch(download: Download, folder: Path) -> Path:
-    """The file in `folder`; what an earlier attempt left is gone on with.
+    """Downloads a file into a folder. An existing file is reused, and a partial download is resumed.
+
+    Args:
+        download: what to download.
+        folder: where to save the file; it is created if missing.
+
+    Returns:
+        Path of the file.
 
     Raises:
-        DatasetError: no connection, the server's refusal, a file that is not the published one.
+        DatasetError: the connection fails, the server refuses, or the checksum differs from the published one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, part = folder / download.name, folder / (download.name + ".part")
@@ -42,9 +55,9 @@ def fetch(download: Download, folder: Path) -> Path:
     try:
         receive(download.url, part)
     except (requests.RequestException, OSError) as error:
-        kept = f" The {part.stat().st_size:,} bytes so far are kept: the same command goes on." if part.exists() else ""
+        kept = f" Run the same command again to resume after {part.stat().st_size:,} bytes." if part.exists() else ""
         raise DatasetError(
-            f"{download.url} cannot be fetched ({error}).{kept} Or download it by hand; give --source or --splits."
+            f"{download.url} cannot be downloaded ({error}).{kept} Or download it by hand; use --source or --splits."
         ) from error
     verify(download, part)
     part.rename(path)
@@ -52,19 +65,20 @@ def fetch(download: Download, folder: Path) -> Path:
 
 
 def receive(url: str, part: Path) -> None:
+    """Downloads `url` to `part` and appends to what is already there. Raises OSError if the connection ends early."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"} if have else {"Accept-Encoding": "identity"}
     with requests.get(url, stream=True, timeout=60, headers=headers) as answer:
         if have and answer.status_code == requests.codes.requested_range_not_satisfiable:
-            return  # it is whole already
+            return  # already complete
         answer.raise_for_status()
         resumed = answer.status_code == requests.codes.partial_content
-        have = have if resumed else 0  # a server that knows no ranges starts over
+        have = have if resumed else 0  # a server without range support starts over
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         console = Console(stderr=True)
         if not console.is_terminal:
-            console.print(f"Fetching {url}" + (f" ({total / 1e6:,.0f} MB)" if total else ""), highlight=False)
+            console.print(f"Downloading {url}" + (f" ({total / 1e6:,.0f} MB)" if total else ""), highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         with bar as progress, part.open("ab" if resumed else "wb") as file:
@@ -77,6 +91,7 @@ def receive(url: str, part: Path) -> None:
 
 
 def verify(download: Download, part: Path) -> None:
+    """Deletes `part` and raises DatasetError if its checksum is not the published one."""
     kind, _, expected = download.digest.partition(":")
     if not kind:
         return
@@ -85,6 +100,6 @@ def verify(download: Download, part: Path) -> None:
     if have != expected:
         part.unlink()
         raise DatasetError(
-            f"{download.url} is not the published file ({kind} {have}, published {expected}); it was taken away again. "
-            "Try once more; if it stays so, the publisher has changed it."
+            f"{download.url} is not the published file ({kind} {have}, published {expected}) and was deleted. Try "
+            "again; if the error stays, the publisher has changed the file."
         )

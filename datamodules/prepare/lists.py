@@ -1,4 +1,4 @@
-"""Published split lists: where they are, and how a pickle is read without trusting it."""
+"""Published split lists: their addresses, and a safe reader for pickled lists."""
 
 import pickle
 from pathlib import Path
@@ -12,27 +12,33 @@ PATNET = "https://github.com/slei109/PATNet/raw/0155c5fe9212f46ce98c6c32c495008e
 
 
 def hsnet(path: str) -> Download:
-    """A list of HSNet's repository, at a fixed commit; its content is verified once read."""
+    """A list from HSNet's repository at a fixed commit. Its content is verified after reading."""
     return Download(f"{HSNET}/{path}")
 
 
 def patnet(path: str) -> Download:
+    """A list from PATNet's repository at a fixed commit. Its content is verified after reading."""
     return Download(f"{PATNET}/{path}")
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; a pickle that names anything else is refused."""
+    """An unpickler for containers, strings and numbers. It refuses a pickle that refers to anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def read_pickle(path: Path) -> Any:
-    """Raises DatasetError where the file is no pickle of plain values."""
+    """Reads a pickle of plain values without executing code from it.
+
+    Raises:
+        DatasetError: the file is damaged, or holds anything but containers, strings and numbers.
+    """
     try:
         with path.open("rb") as file:
             return PlainUnpickler(file).load()
     except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, OSError) as error:
         raise DatasetError(
-            f"{path} is not read: {error or type(error).__name__}. Plain values are wanted; do not trust this file."
+            f"{path} cannot be loaded: {error or type(error).__name__}. It is damaged, or not a list of plain values. "
+            "Do not trust it; download it again."
         ) from error

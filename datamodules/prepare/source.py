@@ -1,4 +1,4 @@
-"""What was downloaded, archives or folders alike: unpacked safely, searched by folder names."""
+"""Downloaded archives and folders: safe unpacking, and search by folder name."""
 
 import hashlib
 import os
@@ -20,15 +20,19 @@ BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImpleme
 
 
 class Source:
-    """Files as their publisher ships them.
+    """The files of a benchmark as published: archives are unpacked, folders are used in place.
 
     Args:
-        paths: archives, or folders that hold files or archives.
-        wanted: patterns of paths inside; nothing else is unpacked.
-        unpacked: folder for what archives hold; an archive that is there already is not unpacked again.
+        paths: archives, or folders that contain files or archives.
+        wanted: glob patterns of the paths to unpack from archives.
+        unpacked: folder to unpack into. An archive that was unpacked before is not unpacked again.
+
+    Attributes:
+        archives: name, size in bytes and sha256 of each archive.
+        roots: the folders to search.
 
     Raises:
-        DatasetError: no such path; an archive that is damaged, partial, or would write outside its folder.
+        DatasetError: a path does not exist; an archive is damaged, incomplete, or would write outside its folder.
     """
 
     def __init__(self, paths: Sequence[Path], wanted: Sequence[str], unpacked: Path) -> None:
@@ -37,6 +41,7 @@ class Source:
         self.roots = [root for path in paths for root in self.roots_of(path)]
 
     def roots_of(self, path: Path) -> Iterator[Path]:
+        """The folders to search for one given path."""
         if path.is_dir():
             yield path
             archives = sorted(p for p in path.iterdir() if is_archive(p))
@@ -44,11 +49,12 @@ class Source:
         elif path.is_file() and is_archive(path):
             yield self.unpack(path)
         elif path.exists():
-            raise DatasetError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVES)}).")
+            raise DatasetError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVES)}). Check --source.")
         else:
             raise DatasetError(f"There is no {path.absolute()}: check --source.")
 
     def unpack(self, archive: Path) -> Path:
+        """Unpacks the wanted files of an archive, completely or not at all; returns their folder."""
         digest = sha256_of(archive)
         self.archives.append({"name": archive.name, "bytes": archive.stat().st_size, "sha256": digest})
         folder = self.unpacked / f"{archive.name}-{digest[:12]}"
@@ -56,13 +62,21 @@ class Source:
             part = folder.with_name(folder.name + ".part")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            with readable(archive):
+            with archive_errors(archive):
                 (unzip if archive.suffix == ".zip" else untar)(archive, self.wanted, part)
             part.rename(folder)
         return folder
 
     def folders(self, place: str, suffix: str) -> Iterator[Path]:
-        """Every folder with such files whose path ends in `place`, the outermost first."""
+        """Finds folders by the end of their path.
+
+        Args:
+            place: last parts of the folder's path, such as "dataset/cls".
+            suffix: a folder must contain a file whose name ends with this.
+
+        Returns:
+            The folders, outermost first.
+        """
         names = PurePosixPath(place).parts
         for root in self.roots:
             walk = ((Path(at), files) for at, _, files in os.walk(root))
@@ -71,15 +85,24 @@ class Source:
             yield from sorted(found, key=lambda path: (len(path.parts), path))
 
     def need(self, place: str, suffix: str, of: str) -> Path:
-        """The first such folder, or a DatasetError that says where it was looked for and what it is part of."""
+        """The first folder that `folders` finds.
+
+        Args:
+            place: last parts of the folder's path.
+            suffix: ending of the names of its files.
+            of: the download that contains the folder, for the error message.
+
+        Raises:
+            DatasetError: there is no such folder.
+        """
         folder = next(self.folders(place, suffix), None)
         if folder is None:
             places = ", ".join(str(p) for p in self.paths)
-            raise DatasetError(f"There is no folder {place}/ with files *{suffix} in {places}: it is part of {of}.")
+            raise DatasetError(f"There is no folder {place}/ with files *{suffix} in {places}. It is part of {of}.")
         return folder
 
     def files(self, suffix: str) -> Iterator[Path]:
-        """Every file whose name ends so."""
+        """All files whose name ends with `suffix`."""
         for root in self.roots:
             for at, _, files in os.walk(root):
                 yield from (Path(at) / file for file in files if file.endswith(suffix) and not is_junk(f"{at}/{file}"))
@@ -90,12 +113,12 @@ def any_ends(files: Sequence[str], suffix: str) -> bool:
 
 
 def is_junk(path: str) -> bool:
-    """What a Mac adds to folders and archives: __MACOSX/, ._1.jpg, .DS_Store."""
+    """Whether macOS added the file to a folder or archive: __MACOSX/, ._1.jpg, .DS_Store."""
     return "__MACOSX" in path or path.rsplit("/", 1)[-1].startswith(".")
 
 
 def visible(folder: Path, suffix: str) -> list[Path]:
-    """Files of a folder whose names end so, sorted."""
+    """The files of a folder whose name ends with `suffix`, sorted, without hidden files."""
     return sorted(p for p in folder.glob(f"*{suffix}") if not is_junk(p.name))
 
 
@@ -104,36 +127,39 @@ def is_archive(path: Path) -> bool:
 
 
 @contextmanager
-def readable(archive: Path) -> Iterator[None]:
-    """Says in one message what is wrong with an archive."""
+def archive_errors(archive: Path) -> Iterator[None]:
+    """Turns any error while unpacking into one DatasetError that names the archive."""
     try:
         yield
     except BROKEN as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the archive
-            raise DatasetError(f"{archive} cannot be unpacked: {error}.") from error
+        if isinstance(error, OSError) and error.errno is not None:  # the disk failed, not the archive
+            raise DatasetError(
+                f"{archive} cannot be unpacked: {error}. Check free space and permissions, then run the command again."
+            ) from error
         raise DatasetError(
-            f"{archive} is damaged, or not downloaded to its end ({error or type(error).__name__}): download it again."
+            f"{archive} is damaged or incomplete ({error or type(error).__name__}). Download it again."
         ) from error
 
 
 def unzip(archive: Path, wanted: Sequence[str], folder: Path) -> None:
     with zipfile.ZipFile(archive) as file:
-        for name in chosen(archive, file.namelist(), wanted):
+        for name in select(archive, file.namelist(), wanted):
             if not name.endswith("/"):
                 file.extract(name, folder)
 
 
 def untar(archive: Path, wanted: Sequence[str], folder: Path) -> None:
-    with tarfile.open(archive) as file:  # one pass: a compressed archive cannot be read out of order
+    with tarfile.open(archive) as file:  # one pass: a compressed tar cannot be read out of order
         for member in track(file, f"Unpacking {archive.name}", total=None):
-            inside(archive, member.name)
+            check_inside(archive, member.name)
             if member.isfile() and is_wanted(member.name, wanted):
                 file.extract(member, folder, filter="data")
 
 
-def chosen(archive: Path, names: Sequence[str], wanted: Sequence[str]) -> Iterable[str]:
+def select(archive: Path, names: Sequence[str], wanted: Sequence[str]) -> Iterable[str]:
+    """The wanted names of an archive. Raises DatasetError if any name points outside the folder."""
     for name in names:
-        inside(archive, name)
+        check_inside(archive, name)
     good = [name for name in names if is_wanted(name, wanted)]
     return track(good, f"Unpacking {archive.name}")
 
@@ -142,14 +168,15 @@ def is_wanted(name: str, wanted: Sequence[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in wanted) and not is_junk(name)
 
 
-def inside(archive: Path, name: str) -> None:
+def check_inside(archive: Path, name: str) -> None:
+    """Raises DatasetError if a name in an archive points outside the folder to unpack into."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in path.parts[:1]:
-        raise DatasetError(f"{archive} holds '{name}', which would be written outside its folder: do not trust it.")
+        raise DatasetError(f"{archive} contains '{name}', which would be written outside its folder. Do not trust it.")
 
 
 def place(file: Path, to: Path) -> None:
-    """Puts a file in its place, whole or not at all: a second name for it where the disk allows, else a copy."""
+    """Hard-links `file` to the path `to`, or copies it if the disk does not support links; leaves no partial file."""
     to.parent.mkdir(parents=True, exist_ok=True)
     part = to.with_name(to.name + ".part")
     part.unlink(missing_ok=True)
@@ -158,11 +185,20 @@ def place(file: Path, to: Path) -> None:
     except OSError:
         shutil.copyfile(file, part)
     os.replace(part, to)
-    part.unlink(missing_ok=True)  # two names of one file: nothing was replaced
+    part.unlink(missing_ok=True)  # replacing a link by another link to the same file does nothing
 
 
 def place_all(files: Iterable[Path], folder: Path, what: str) -> int:
-    """Puts files into a folder under their own names; returns their number."""
+    """Hard-links or copies files into a folder under their own names.
+
+    Args:
+        files: the files.
+        folder: where to put them; it is created if missing.
+        what: what the files are, for the progress bar.
+
+    Returns:
+        Number of files.
+    """
     files = list(files)
     for file in track(files, f"Placing {what}"):
         place(file, folder / file.name)
@@ -170,5 +206,6 @@ def place_all(files: Iterable[Path], folder: Path, what: str) -> int:
 
 
 def sha256_of(path: Path) -> str:
+    """sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

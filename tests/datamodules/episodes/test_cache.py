@@ -36,7 +36,7 @@ def files(folder):
     return sorted(p.name for p in folder.iterdir() if p.suffix == ".npy")
 
 
-def test_cache_holds_what_the_files_give(root, tmp_path):
+def test_cache_holds_what_the_files_contain(root, tmp_path):
     data = read(root)
     cache = ImageCache(tmp_path / "cache", data, reversed(names_of(data)), SIZE)
     assert sorted(cache) == names_of(data)
@@ -69,7 +69,7 @@ def build(root, folder):
     return cache.path.stat().st_ino, cache["003"][0].sum().item()
 
 
-def test_processes_that_ask_at_once_share_one_file(root, tmp_path):
+def test_concurrent_processes_share_one_file(root, tmp_path):
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         answers = list(pool.map(build, [root] * 3, [tmp_path / "cache"] * 3))
     assert len(set(answers)) == 1
@@ -90,7 +90,7 @@ def test_another_size_list_or_image_is_another_file(root, tmp_path):
     assert torch.equal(cache["000"][0], resized(changed, "000", SIZE)[0])
 
 
-def test_interrupted_building_leaves_nothing_as_if_whole(root, tmp_path):
+def test_interrupted_building_leaves_no_file(root, tmp_path):
     data = read(root)
     (root / "images" / "007.jpg").write_bytes(b"broken")
     with pytest.raises(ImageError, match=r"007\.jpg"):
@@ -98,7 +98,7 @@ def test_interrupted_building_leaves_nothing_as_if_whole(root, tmp_path):
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix in (".npy", ".part")]
 
 
-def test_full_disk_is_said_before_anything_is_written(root, tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_anything_is_written(root, tmp_path, monkeypatch):
     monkeypatch.setattr("datamodules.episodes.cache.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(DatasetError, match=r"needs .* GB in .*episodes\.cache"):
         ImageCache(tmp_path / "cache", read(root), names_of(read(root)), SIZE)

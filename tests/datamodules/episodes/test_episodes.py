@@ -44,7 +44,7 @@ def drawn(images, episodes, shot, seed=0):
 
 
 def make(dataset, process=0, processes=1, **options) -> FewShotDataModule:
-    """A DataModule as it is in one of several processes, which only its trainer knows."""
+    """A DataModule in one of several processes; its trainer tells it which."""
     data = FewShotDataModule(dataset, **(SETTING | options))
     device = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(current_epoch=0, global_rank=process, world_size=processes, strategy=device)
@@ -56,7 +56,7 @@ def same(a: Episode, b: Episode) -> bool:
 
 
 def one_by_one(loader) -> list[Episode]:
-    """The episodes of all batches, each a batch of its own."""
+    """The episodes of all batches, as batches of one episode."""
     return [
         Episode(**{n: getattr(batch, n)[i : i + 1] for n in TENSORS}, spec=[batch.spec[i]])
         for batch in loader
@@ -84,7 +84,7 @@ def test_list_is_the_same_numbers_as_the_protocol_in_plain_numpy(shot):
 
 
 @pytest.mark.parametrize("shot", [1, 3])
-def test_list_takes_classes_in_turn_and_supports_apart_from_the_query(shot):
+def test_list_cycles_through_classes_and_supports_differ_from_the_query(shot):
     episodes = drawn(IMAGES, 200, shot)
     assert [e.class_id for e in episodes] == ([2, 5, 7] * 67)[:200]
     for e in episodes:
@@ -146,7 +146,7 @@ def test_another_epoch_or_seed_draws_other_queries_and_other_supports():
     names = [f"n{i}" for i in range(10)]
 
     def draw(seed, epoch):
-        """Of each index the query, and the support's place among the images that are left."""
+        """The query of each index, and the position of its support among the other images."""
         episodes = [TrainingEpisodes({0: names}, 1, seed)[epoch, i] for i in range(10)]
         places = [[n for n in names if n != e.query].index(e.supports[0]) for e in episodes]
         return [e.query for e in episodes], places
@@ -198,13 +198,13 @@ def test_batches_have_the_documented_shapes_and_dtypes(folder, shot, size):
 
 
 @pytest.mark.parametrize("train_shot", [1, 3])
-def test_training_batches_have_shots_of_their_own(folder, train_shot):
+def test_training_batches_have_their_own_number_of_shots(folder, train_shot):
     batch = next(iter(make(folder, train_shot=train_shot).train_dataloader()))
     assert batch.support.shape == (4, train_shot, 3, 32, 64)
     assert set(batch.class_id.tolist()) <= set(folder.base_classes(0))
 
 
-def test_episodes_show_the_images_that_their_spec_names(folder):
+def test_episodes_contain_the_images_of_their_spec(folder):
     data = make(folder)
     for i, episode in enumerate(one_by_one(data.test_dataloader())):
         spec = data.test_specs[i]
@@ -267,7 +267,7 @@ def test_each_epoch_has_its_own_training_episodes(folder):
     assert [b.spec for b in loader] != first
 
 
-def test_epoch_has_one_episode_a_pair_unless_told_otherwise(folder):
+def test_epoch_has_one_episode_per_pair_by_default(folder):
     data = make(folder, per_epoch=None, batch_size=1)
     pairs = sum(len(folder.images_of(c, "train")) for c in folder.base_classes(0))
     assert len(data.train_dataloader()) == pairs == data.train_specs.pairs
@@ -287,8 +287,8 @@ def test_validation_is_the_same_whatever_shot_is_tested(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_in_the_middle_of_an_epoch(folder, workers):
-    """After three batches: the loader's state, loaded into another, gives the batches that were left."""
+def test_training_resumes_in_the_middle_of_an_epoch(folder, workers):
+    """The state after three batches, loaded into a new loader, gives the remaining batches."""
     whole = make(folder, batch_size=2, workers=workers).train_dataloader()
     whole.sampler.set_epoch(1)
     batches = iter(whole)
@@ -307,7 +307,7 @@ def test_training_goes_on_in_the_middle_of_an_epoch(folder, workers):
     assert len(list(resumed)) == len(whole) == 5
 
 
-def test_epoch_that_was_finished_is_not_gone_on_with(folder):
+def test_finished_epoch_is_not_resumed(folder):
     loader = make(folder, batch_size=2).train_dataloader()
     list(loader)
     other = make(folder, batch_size=2).train_dataloader()
@@ -354,7 +354,7 @@ def test_novel_pixels_ignore_leaves_tests_alone(folder):
     assert all(same(a, b) for a, b in zip(*lists, strict=True))
 
 
-def test_batch_size_must_divide_by_the_processes(folder):
+def test_batch_size_must_be_divisible_by_the_processes(folder):
     with pytest.raises(DatasetError, match=r"episodes\.batch_size=4 .* 3 processes"):
         make(folder, 0, 3).train_dataloader()
 

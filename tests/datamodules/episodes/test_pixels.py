@@ -108,7 +108,7 @@ def test_reading_leaves_the_random_state_alone(folder):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_image_is_cut_and_coloured_anew_by_seed_epoch_and_index(tmp_path):
+def test_crop_and_colour_depend_on_seed_epoch_and_index(tmp_path):
     root = write_indexed(tmp_path, classes=2, images_per_class=1, suffix=".png", neighbours=False)
     data = FolderDataset(str(root), folds=2, min_area=0.01)
     pixels = [BasePixels(data, 0, SIZE, 0.3, seed) for seed in (0, 1)]

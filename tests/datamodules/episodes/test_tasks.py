@@ -25,19 +25,19 @@ def test_the_papers_pairs_are_possible():
     assert pairs("cross_domain") >= {("pascal", t) for t in ("deepglobe", "isic", "chest_xray", "suim")}
 
 
-def test_published_pairs_of_one_domain_are_no_others():
+def test_pairs_of_one_domain_are_only_the_published_ones():
     natural = {"coco", "pascal", "fss"}
     found = {(s, t) for s, t in pairs("cross_dataset") if {s, t} <= natural}
     assert found == {("coco", "pascal"), ("coco", "fss"), ("pascal", "fss")}
     assert not {(s, t) for s, t in pairs("cross_domain") if {s, t} <= natural}
 
 
-def test_what_has_no_base_classes_is_never_trained_on():
+def test_datasets_without_base_classes_are_never_trained_on():
     for task in TASKS:
         assert not {s for s, _ in pairs(task)} & {"deepglobe", "isic", "chest_xray", "suim"}
 
 
-def test_ones_own_images_go_with_everything_that_trains():
+def test_own_images_go_with_every_dataset_that_trains():
     for task in ("cross_dataset", "cross_domain"):
         assert {s for s, t in pairs(task) if t == "folder" != s} == {"coco", "fss", "pascal", "synthetic"}
         assert {t for s, t in pairs(task) if s == "folder" != t} == set(NAMES) - {"folder"}
@@ -66,15 +66,15 @@ def test_two_folders_are_two_datasets(tmp_path):
     data = FewShotDataModule(a, **setting, validation=b)
     assert [data.validation.classes[c] for c in data.val_class_ids] == ["bus", "cat"]
     assert data.test_classes == ["cat"]
-    with pytest.raises(DatasetError, match="That pair is task=cross_dataset"):
+    with pytest.raises(DatasetError, match="For that pair, set task=cross_dataset"):
         FewShotDataModule(a, **setting, target=b)
 
 
 @pytest.mark.parametrize(
     "task, source, target, words",
     [
-        ("cross_domain", "pascal", "fss", "That pair is task=cross_dataset"),
-        ("cross_category", "pascal", "isic", "That pair is task=cross_domain"),
+        ("cross_domain", "pascal", "fss", "For that pair, set task=cross_dataset"),
+        ("cross_category", "pascal", "isic", "For that pair, set task=cross_domain"),
         ("cross_dataset", "pascal", "coco", "coco -> folder, fss, pascal"),
         ("cross_domain", "suim", "isic", "pascal -> chest_xray, deepglobe, folder, isic, suim"),
         ("cross_category", "isic", None, "pascal -> pascal"),

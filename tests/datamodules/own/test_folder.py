@@ -33,7 +33,7 @@ def error_of(action):
 # What is read
 
 
-def test_indexed_folder_is_read_as_it_was_written(tmp_path):
+def test_folder_with_index_masks_is_read_as_written(tmp_path):
     data = read(write_indexed(tmp_path, classes=["cat", "dog", "bus"], suffix=".png"))
     assert data.classes == ["cat", "dog", "bus"]
     for name in ("000", "011"):
@@ -49,7 +49,7 @@ def test_images_of_a_class_are_those_that_show_it(tmp_path):
     assert data.images_of(2, "test") == ["001", "002", "004", "005"]
 
 
-def test_folder_a_class_is_read_as_it_was_written(tmp_path):
+def test_folder_per_class_is_read_as_written(tmp_path):
     data = read(write_by_class(tmp_path, classes=["dog", "cat", "bus"], images_per_class=3))
     assert data.classes == ["bus", "cat", "dog"]
     assert data.images_of(1, "train") == ["cat/1", "cat/2", "cat/3"]
@@ -60,7 +60,7 @@ def test_folder_a_class_is_read_as_it_was_written(tmp_path):
     assert data.read_image("cat/2").shape == (3, 48, 64)
 
 
-def test_folders_that_begin_with_a_dot_are_no_classes(tmp_path):
+def test_hidden_folders_are_not_classes(tmp_path):
     write_by_class(tmp_path, classes=["cat", "dog", ".thumbnails"])
     assert read(tmp_path).classes == ["cat", "dog"]
 
@@ -239,19 +239,19 @@ def test_camvid_works_as_it_is():
 # Bad input: what is wrong, where, and what to do
 
 
-def test_no_root_says_what_to_choose():
+def test_missing_root_says_what_to_set():
     message = error_of(lambda: FolderDataset(None, folds=3, min_area=0.01))
     assert "dataset.root=" in message
     assert "experiment=quickstart" in message
 
 
-def test_missing_root(tmp_path):
+def test_root_that_does_not_exist(tmp_path):
     message = error_of(lambda: read(tmp_path / "nowhere"))
     assert str(tmp_path / "nowhere") in message
     assert "dataset.root" in message
 
 
-def test_empty_folder_tells_the_layouts(tmp_path):
+def test_error_for_an_empty_folder_describes_the_layouts(tmp_path):
     message = error_of(lambda: read(tmp_path))
     assert str(tmp_path) in message
     assert "images/, masks/ and classes.txt" in message
@@ -271,7 +271,7 @@ def test_file_without_its_partner_in_an_indexed_folder(tmp_path, taken, left, ki
     (write_indexed(tmp_path) / taken).unlink()
     message = error_of(lambda: read(tmp_path))
     assert str(tmp_path / left) in message
-    assert f"add the {kind}" in message
+    assert f"Add the {kind}" in message
 
 
 @pytest.mark.parametrize("taken, left, kind", [("class01/2.png", "class01/2.jpg", "mask"),
@@ -281,7 +281,7 @@ def test_file_without_its_partner_in_a_class_folder(tmp_path, taken, left, kind)
     message = error_of(lambda: read(tmp_path))
     assert str(tmp_path / left) in message
     assert f"has no {kind}" in message
-    assert "add it" in message
+    assert "Add it" in message
 
 
 @pytest.mark.parametrize("write, name", [(write_indexed, "images/002.jpg"), (write_by_class, "class00/2.jpg")])
@@ -291,7 +291,7 @@ def test_truncated_jpeg(tmp_path, write, name):
     message = error_of(lambda: read(tmp_path))
     assert str(path) in message
     assert "truncated" in message
-    assert "Replace it" in message
+    assert "Replace" in message
 
 
 @pytest.mark.parametrize("content", [b"not an image\n", b""])
@@ -301,7 +301,7 @@ def test_text_named_as_an_image(tmp_path, name, content):
     path.write_bytes(content)
     message = error_of(lambda: read(tmp_path))
     assert str(path) in message
-    assert "Replace it" in message
+    assert "Replace" in message
 
 
 @pytest.mark.parametrize("write, name", [(write_indexed, "masks/002.png"), (write_by_class, "class00/2.png")])
@@ -316,7 +316,7 @@ def test_mask_of_another_size(tmp_path, write, name):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1"])
-def test_index_mask_that_is_none(tmp_path, mode):
+def test_mask_of_another_mode_is_not_an_index_mask(tmp_path, mode):
     path = write_indexed(tmp_path) / "masks" / "002.png"
     Image.open(path).convert(mode).save(path)
     message = error_of(lambda: read(tmp_path))
@@ -349,7 +349,7 @@ def test_no_classes_txt(tmp_path):
     (write_indexed(tmp_path) / "classes.txt").unlink()
     message = error_of(lambda: read(tmp_path))
     assert str(tmp_path / "classes.txt") in message
-    assert "one class name a line" in message
+    assert "one class name per line" in message
 
 
 @pytest.mark.parametrize("text", ["", "cat\ncat\n", "\n".join(f"c{i}" for i in range(255))])
@@ -423,4 +423,4 @@ def test_two_files_of_one_stem(tmp_path, write, name, twin):
     message = error_of(lambda: read(tmp_path))
     assert Path(name).name in message
     assert Path(twin).name in message
-    assert "keep one" in message
+    assert "Keep one" in message

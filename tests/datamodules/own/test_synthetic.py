@@ -17,7 +17,7 @@ SIZE = 96
 
 
 @pytest.fixture(scope="module")
-def drawn() -> SyntheticDataset:
+def synthetic() -> SyntheticDataset:
     return SyntheticDataset(size=SIZE, images_per_class=20, seed=0)
 
 
@@ -26,7 +26,7 @@ def all_names(dataset, class_id):
 
 
 def digest() -> str:
-    """Of an image and a mask of each class."""
+    """sha256 of an image and a mask of each class."""
     dataset = SyntheticDataset(size=64, images_per_class=2, seed=3)
     sha = hashlib.sha256()
     for class_id in range(len(CLASSES)):
@@ -43,28 +43,28 @@ def test_another_process_draws_the_same():
     assert other.stdout.strip() == digest()
 
 
-def test_random_state_outside_changes_nothing(drawn):
-    name = drawn.images_of(4, "test")[3]
-    before = drawn.read_image(name)
+def test_random_state_outside_changes_nothing(synthetic):
+    name = synthetic.images_of(4, "test")[3]
+    before = synthetic.read_image(name)
     draw.cache_clear()
     np.random.seed(1)
     torch.manual_seed(1)
-    assert torch.equal(drawn.read_image(name), before)
+    assert torch.equal(synthetic.read_image(name), before)
 
 
-def test_changing_what_was_read_does_not_change_what_is_read_next(drawn):
-    name = drawn.images_of(0, "train")[0]
-    image, index = drawn.read_image(name), drawn.read_index(name)
+def test_changing_what_was_read_does_not_change_what_is_read_next(synthetic):
+    name = synthetic.images_of(0, "train")[0]
+    image, index = synthetic.read_image(name), synthetic.read_index(name)
     kept = image.clone(), index.clone()
     image.zero_()
     index.zero_()
-    assert torch.equal(drawn.read_image(name), kept[0])
-    assert torch.equal(drawn.read_index(name), kept[1])
+    assert torch.equal(synthetic.read_image(name), kept[0])
+    assert torch.equal(synthetic.read_index(name), kept[1])
 
 
-def test_shapes_dtypes_and_range(drawn):
-    name = drawn.images_of(7, "train")[0]
-    image, index = drawn.read_image(name), drawn.read_index(name)
+def test_shapes_dtypes_and_range(synthetic):
+    name = synthetic.images_of(7, "train")[0]
+    image, index = synthetic.read_image(name), synthetic.read_index(name)
     assert image.shape == (3, SIZE, SIZE)
     assert index.shape == (SIZE, SIZE)
     assert image.dtype == index.dtype == torch.uint8
@@ -76,27 +76,27 @@ def test_20_classes_in_4_folds_of_5():
     assert [list(f) for f in SyntheticDataset.folds] == [list(range(i, i + 5)) for i in (0, 5, 10, 15)]
 
 
-def test_another_seed_draws_other_images(drawn):
+def test_another_seed_draws_other_images(synthetic):
     other = SyntheticDataset(size=SIZE, images_per_class=20, seed=1)
     for class_id in range(0, 20, 7):
-        name = drawn.images_of(class_id, "test")[0]
-        assert not torch.equal(drawn.read_image(name), other.read_image(name))
-        assert not torch.equal(drawn.read_index(name), other.read_index(name))
+        name = synthetic.images_of(class_id, "test")[0]
+        assert not torch.equal(synthetic.read_image(name), other.read_image(name))
+        assert not torch.equal(synthetic.read_index(name), other.read_index(name))
 
 
-def test_all_images_of_a_class_differ_in_training_and_test(drawn):
-    names = all_names(drawn, 6)
+def test_all_images_of_a_class_differ_in_training_and_test(synthetic):
+    names = all_names(synthetic, 6)
     assert len(names) == len(set(names)) == 40
-    assert len({drawn.read_image(n).numpy().tobytes() for n in names}) == 40
-    assert len({drawn.read_index(n).numpy().tobytes() for n in names}) == 40
+    assert len({synthetic.read_image(n).numpy().tobytes() for n in names}) == 40
+    assert len({synthetic.read_index(n).numpy().tobytes() for n in names}) == 40
 
 
 @pytest.mark.parametrize("class_id", range(20))
-def test_image_shows_its_class_and_only_classes_of_its_fold(drawn, class_id):
-    fold = next(f for f in drawn.folds if class_id in f)
+def test_image_shows_its_class_and_only_classes_of_its_fold(synthetic, class_id):
+    fold = next(f for f in synthetic.folds if class_id in f)
     shown = set()
-    for name in all_names(drawn, class_id):
-        index = drawn.read_index(name)
+    for name in all_names(synthetic, class_id):
+        index = synthetic.read_index(name)
         values = set(index.unique().tolist())
         assert class_id + 1 in values
         assert values <= {0, *(c + 1 for c in fold)}
@@ -115,10 +115,10 @@ def class_of_the_biggest_object(index):
 
 
 @pytest.mark.parametrize("guess", [all_foreground, class_of_the_biggest_object])
-def test_guessing_without_the_supports_scores_low(drawn, guess):
-    metric = FewShotIoU(drawn.novel_classes(0))
-    for class_id in drawn.novel_classes(0):
-        for name in drawn.images_of(class_id, "test"):
-            index = drawn.read_index(name)
+def test_guessing_without_the_supports_scores_low(synthetic, guess):
+    metric = FewShotIoU(synthetic.novel_classes(0))
+    for class_id in synthetic.novel_classes(0):
+        for name in synthetic.images_of(class_id, "test"):
+            index = synthetic.read_index(name)
             metric.update(guess(index)[None], (index == class_id + 1)[None], torch.tensor([class_id]))
     assert 2 < metric.compute()["miou"] < 25

@@ -1,4 +1,4 @@
-"""Archives, downloads and pickles that cannot be trusted, or are broken."""
+"""Archives, downloads and pickles that are broken or cannot be trusted."""
 
 import hashlib
 import http.server
@@ -73,11 +73,11 @@ def test_links_in_archives_are_not_followed(tmp_path):
 
 @pytest.mark.parametrize("name", PACK)
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
-def test_partial_archive_is_said_and_nothing_is_left_as_if_whole(tmp_path, name, keep):
+def test_partial_archive_is_reported_and_leaves_no_folder(tmp_path, name, keep):
     archive = PACK[name](tmp_path / name, {f"images/{i}.jpg": bytes(range(256)) * 40 for i in range(20)})
     content = archive.read_bytes()
     archive.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(DatasetError, match=rf"{name} is damaged, or not downloaded to its end"):
+    with pytest.raises(DatasetError, match=rf"{name} is damaged or incomplete"):
         Source([archive], ["*.jpg"], tmp_path / "out")
     assert not [p for p in (tmp_path / "out").iterdir() if p.suffix != ".part"]
 
@@ -89,7 +89,7 @@ def test_damaged_byte_in_a_zip_is_found(tmp_path):
         Source([archive], ["*.jpg"], tmp_path / "out")
 
 
-def test_wrong_source_is_said(tmp_path):
+def test_wrong_source_is_reported(tmp_path):
     with pytest.raises(DatasetError, match=r"There is no .*nowhere: check --source"):
         Source([tmp_path / "nowhere"], ["*"], tmp_path / "out")
     (tmp_path / "a.txt").write_text("x")
@@ -99,7 +99,7 @@ def test_wrong_source_is_said(tmp_path):
         Source([tmp_path], ["*"], tmp_path / "out").need("JPEGImages", ".jpg", of="VOC")
 
 
-def test_placing_leaves_whole_files(tmp_path):
+def test_place_leaves_complete_files(tmp_path):
     (tmp_path / "a").write_text("new")
     place(tmp_path / "a", tmp_path / "to" / "a")
     place(tmp_path / "a", tmp_path / "to" / "a")
@@ -126,15 +126,15 @@ def test_pickles_of_plain_values_are_read(tmp_path):
 def test_pickles_with_a_global_are_refused(tmp_path, value, capsys):
     path = tmp_path / "fold0.pkl"
     path.write_bytes(pickle.dumps(value))
-    with pytest.raises(DatasetError, match=r"fold0.pkl is not read: it asks for .*do not trust"):
+    with pytest.raises(DatasetError, match=r"fold0.pkl cannot be loaded: it refers to .*Do not trust"):
         read_pickle(path)
     assert "owned" not in capsys.readouterr().out
 
 
-def test_truncated_pickle_is_said(tmp_path):
+def test_truncated_pickle_is_reported(tmp_path):
     path = tmp_path / "fold0.pkl"
     path.write_bytes(pickle.dumps({0: ["a"] * 9})[:-7])
-    with pytest.raises(DatasetError, match=r"fold0.pkl is not read"):
+    with pytest.raises(DatasetError, match=r"fold0.pkl cannot be loaded"):
         read_pickle(path)
 
 
@@ -178,7 +178,7 @@ def address():
 DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 
 
-def test_download_is_whole_and_asked_for_once(address, tmp_path):
+def test_download_is_complete_and_requested_once(address, tmp_path):
     url, handler = address
     for _ in range(2):
         path = fetch(Download(f"{url}/file.bin", DIGEST), tmp_path)
@@ -187,10 +187,10 @@ def test_download_is_whole_and_asked_for_once(address, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_broken_download_is_gone_on_with(address, tmp_path, ranges):
+def test_interrupted_download_is_resumed(address, tmp_path, ranges):
     url, handler = address
     handler.ranges, handler.break_after = ranges, 700_000
-    with pytest.raises(DatasetError, match=r"cannot be fetched .*bytes so far are kept"):
+    with pytest.raises(DatasetError, match=r"cannot be downloaded .*resume after [\d,]+ bytes"):
         fetch(Download(f"{url}/file.bin", DIGEST), tmp_path)
     assert not (tmp_path / "file.bin").exists()
     kept = (tmp_path / "file.bin.part").stat().st_size
@@ -199,14 +199,14 @@ def test_broken_download_is_gone_on_with(address, tmp_path, ranges):
     assert handler.asked == [None, f"bytes={kept}-"]
 
 
-def test_file_that_is_not_the_published_one_is_taken_away(address, tmp_path):
+def test_file_that_is_not_the_published_one_is_deleted(address, tmp_path):
     url, _ = address
     with pytest.raises(DatasetError, match="is not the published file"):
         fetch(Download(f"{url}/file.bin", "md5:" + "0" * 32), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_whole_part_of_an_earlier_attempt_is_taken(address, tmp_path):
+def test_complete_part_of_an_earlier_attempt_is_reused(address, tmp_path):
     url, _ = address
     (tmp_path / "file.bin.part").write_bytes(CONTENT)
     assert fetch(Download(f"{url}/file.bin", DIGEST), tmp_path).read_bytes() == CONTENT
@@ -215,6 +215,6 @@ def test_whole_part_of_an_earlier_attempt_is_taken(address, tmp_path):
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/file.bin", "missing"])
 def test_no_connection_and_no_file_are_one_message(address, tmp_path, url):
     url = f"{address[0]}/missing" if url == "missing" else url
-    with pytest.raises(DatasetError, match=r"cannot be fetched .*--source or --splits"):
+    with pytest.raises(DatasetError, match=r"cannot be downloaded .*--source or --splits"):
         fetch(Download(url), tmp_path)
     assert not (tmp_path / "missing").exists()
