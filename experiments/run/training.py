@@ -114,7 +114,7 @@ def train(
             start = checkpoints.to_start_from(cfg.ckpt, folder, True)  # again: another run's may have been taken over
             if start:
                 log.info("Resuming from %s", start.path)
-            trainer.fit(module, data, ckpt_path=start and start.path, weights_only=True)
+            trainer.fit(module, data, ckpt_path=start.path if start else None, weights_only=True)
         else:
             log.info("Already trained in %s; its weights are reused (reuse=false trains again)", trained)
     best = checkpoints.trained_in(trained or folder)
@@ -128,5 +128,5 @@ def train(
 def test(
     trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule, checkpoint: Checkpoint | None
 ) -> TestResult:
-    trainer.test(module, data, ckpt_path=checkpoint and checkpoint.path, verbose=False, weights_only=True)
+    trainer.test(module, data, ckpt_path=checkpoint.path if checkpoint else None, verbose=False, weights_only=True)
     return module.test_result

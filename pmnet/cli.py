@@ -1,0 +1,62 @@
+"""The command `pmnet`: what a file of weights or a checkpoint holds.
+
+pmnet info outputs/<run>/checkpoints/best.ckpt
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pmnet.errors import PMNetError
+from pmnet.version import VERSION
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; an error that the user can fix is one message and exit code 1."""
+    parser = argparse.ArgumentParser("pmnet", description="Few-shot segmentation: segment by one or a few examples.")
+    parser.add_argument("--version", action="version", version=f"pmnet {VERSION}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+    info = commands.add_parser("info", help="show what a checkpoint or a file of weights holds")
+    info.add_argument("file", type=Path, help=".ckpt, .pth or .safetensors")
+    info.set_defaults(run=show)
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except PMNetError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def show(args: argparse.Namespace) -> None:
+    for name, value in described(args.file).items():
+        print(f"{name:<12} {value}")
+
+
+def described(path: Path) -> dict[str, Any]:
+    """Facts about a file, by name. Reads tensors and plain values only.
+
+    Raises:
+        WeightsError: there is no such file, or it cannot be read.
+    """
+    from pmnet.files import file_hash, read_file  # imports torch, which takes seconds
+
+    content, metadata = read_file(path)
+    state = content.get("state_dict", content)
+    tensors = {name: value for name, value in state.items() if hasattr(value, "numel")}
+    backbone, record = content.get("backbone"), content.get("record") or {}
+    facts = {
+        "file": path,
+        "sha256": file_hash(path),
+        "tensors": len(tensors),
+        "values": f"{sum(value.numel() for value in tensors.values()):,}",
+        "metadata": metadata,
+    }
+    if isinstance(backbone, dict) and "sha256" in backbone:
+        facts["backbone"] = f"{backbone['backbone']}, weights {backbone['weights']} ({backbone['source']})"
+    if record:
+        facts["trained on"] = f"{record['dataset']}, {len(record['base_classes'])} classes"
+        facts["classes"] = ", ".join(record["base_classes"])
+        facts["epochs"] = content["epoch"] + 1
+    return {name: fact for name, fact in facts.items() if fact}
