@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         ResNetBackbone,
         SmallBackbone,
         SwinBackbone,
+        ViTBackbone,
     )
     from pmnet.methods import Head, Method
     from pmnet.methods.base import Support
@@ -38,11 +39,12 @@ HOMES = {
     "SmallBackbone": "pmnet.backbones",
     "Support": "pmnet.methods.base",
     "SwinBackbone": "pmnet.backbones",
+    "ViTBackbone": "pmnet.backbones",
 }
 
 __all__ = [
     "Backbone", "EfficientNetLiteBackbone", "FeatureCache", "Head", "Method", "Nearest", "PMNet", "PMNetHead",
-    "Prototype", "ResNetBackbone", "SmallBackbone", "Support", "SwinBackbone",
+    "Prototype", "ResNetBackbone", "SmallBackbone", "Support", "SwinBackbone", "ViTBackbone",
 ]  # fmt: skip
 __version__ = VERSION
 

