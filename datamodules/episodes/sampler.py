@@ -1,5 +1,8 @@
-"""Sampling of episodes. Each episode depends only on its position and the seed, so the number of workers, the batch
-size and the number of processes do not change it."""
+"""Samples episodes.
+
+An episode depends only on the seed and on its position in the test list or training epoch. The number of workers, the
+batch size and the number of processes do not change it.
+"""
 
 import hashlib
 import json
