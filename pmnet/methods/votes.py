@@ -1,0 +1,102 @@
+"""Several shots by votes, as HSNet and the methods that descend from it take them: each support answers alone."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmnet.backbones import Features
+from pmnet.methods.base import Head
+
+POSITIONS_ON_CPU, POSITIONS_ELSEWHERE = 2**23, 2**28  # correlations that are worked on at a time
+
+
+def vote_share(votes_BKHW: Tensor) -> Tensor:
+    """Of each pixel, its votes as a share of the most that any pixel of the image has; (B, H, W) in [0, 1].
+
+    Args:
+        votes_BKHW: each support's mask, bool.
+    """
+    votes_BHW = votes_BKHW.sum(dim=1)
+    most_B11 = votes_BHW.amax(dim=(1, 2), keepdim=True).clamp(min=1)
+    return votes_BHW / most_B11
+
+
+def voted(votes_BKHW: Tensor) -> Tensor:
+    """The mask (B, H, W) bool: one support's answer, or the pixels with at least half of the most votes."""
+    return votes_BKHW[:, 0] if votes_BKHW.shape[1] == 1 else vote_share(votes_BKHW) >= 0.5
+
+
+class VotingHead(Head):
+    """A head that answers for one support at a time.
+
+    A subclass writes `pairs`; and `see_query` for what needs to be computed once for all supports of a query. What
+    `see` returns has leaves (B, K, ...).
+    """
+
+    def see_query(self, query_feats: Features) -> Any:
+        """What `pairs` takes of the queries, computed once for all of their supports; leaves are (B, ...)."""
+        return query_feats
+
+    @abstractmethod
+    def pairs(self, query: Any, support: Any, size: tuple[int, int]) -> Tensor:
+        """Logits (N, 2, H, W) at the final size, of N queries with one support each.
+
+        Args:
+            query: what `see_query` returned, of N queries.
+            support: what `see` returned, of N supports: leaves (N, ...).
+            size: H, W.
+        """
+
+    def positions(self, query: Any) -> int:
+        """Correlations of one pair; as many pairs run together as memory allows. 0: all run together."""
+        return 0
+
+    def answers(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
+        """Every support's logits, (B, K, 2, H, W). Arguments as those of `segment`."""
+        query = self.see_query(query_feats)
+        shape, device = describe(seen)
+        B, K = shape[:2]
+        limit = POSITIONS_ON_CPU if device.type == "cpu" else POSITIONS_ELSEWHERE
+        positions = self.positions(query)
+        at_once = max(1, limit // positions) if positions else B * K
+        episodes = torch.arange(B * K, device=device) // K
+        parts = []
+        for start in range(0, B * K, at_once):
+            pairs = slice(start, start + at_once)
+            queries = each(query, itemgetter(pairs if K == 1 else episodes[pairs]))
+            supports = each(seen, lambda x, pairs=pairs: x.flatten(0, 1)[pairs])
+            parts.append(self.pairs(queries, supports, size))
+        return torch.cat(parts).unflatten(0, (B, K))
+
+    def segment(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
+        """Logits (B, 2, H, W) by one support; by several the two sides' shares of the votes, whose larger one is the
+        answer but for ties (1/2 each), which are foreground in `mask`."""
+        answers = self.answers(query_feats, seen, size)
+        if answers.shape[1] == 1:
+            return answers[:, 0]
+        share = vote_share(answers.argmax(dim=2)).to(answers.dtype)
+        return torch.stack([1 - share, share], dim=1)
+
+    def mask(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
+        return voted(self.answers(query_feats, seen, size).argmax(dim=2).bool())
+
+
+def describe(tree: Any) -> tuple[torch.Size, torch.device]:
+    """Shape and device of a tree's first tensor."""
+    while not isinstance(tree, Tensor):
+        tree = next(iter(tree.values() if isinstance(tree, Mapping) else tree))
+    return tree.shape, tree.device
+
+
+def each(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A function of every tensor in dicts, lists and named tuples."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {name: each(value, function) for name, value in tree.items()}
+    values = [each(value, function) for value in tree]
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
