@@ -30,6 +30,11 @@ def voted(votes_BKHW: Tensor) -> Tensor:
     return votes_BKHW[:, 0] if votes_BKHW.shape[1] == 1 else vote_share(votes_BKHW) >= 0.5
 
 
+def foreground(answers_BK2HW: Tensor) -> Tensor:
+    """The masks (B, K, H, W) bool of logits; ties are background."""
+    return answers_BK2HW[:, :, 1] > answers_BK2HW[:, :, 0]
+
+
 class VotingHead(Head):
     """A head that answers for one support at a time.
 
@@ -57,8 +62,8 @@ class VotingHead(Head):
 
     def answers(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
         """Every support's logits, (B, K, 2, H, W). Arguments as those of `segment`."""
-        query = self.see_query(query_feats)
-        shape, device = describe(seen)
+        query, supports = self.see_query(query_feats), each(seen, lambda x: x.flatten(0, 1))
+        shape, device = shape_and_device(seen)
         B, K = shape[:2]
         limit = POSITIONS_ON_CPU if device.type == "cpu" else POSITIONS_ELSEWHERE
         positions = self.positions(query)
@@ -68,8 +73,7 @@ class VotingHead(Head):
         for start in range(0, B * K, at_once):
             pairs = slice(start, start + at_once)
             queries = each(query, itemgetter(pairs if K == 1 else episodes[pairs]))
-            supports = each(seen, lambda x, pairs=pairs: x.flatten(0, 1)[pairs])
-            parts.append(self.pairs(queries, supports, size))
+            parts.append(self.pairs(queries, each(supports, itemgetter(pairs)), size))
         return torch.cat(parts).unflatten(0, (B, K))
 
     def segment(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
@@ -78,14 +82,14 @@ class VotingHead(Head):
         answers = self.answers(query_feats, seen, size)
         if answers.shape[1] == 1:
             return answers[:, 0]
-        share = vote_share(answers.argmax(dim=2)).to(answers.dtype)
+        share = vote_share(foreground(answers)).to(answers.dtype)
         return torch.stack([1 - share, share], dim=1)
 
     def mask(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
-        return voted(self.answers(query_feats, seen, size).argmax(dim=2).bool())
+        return voted(foreground(self.answers(query_feats, seen, size)))
 
 
-def describe(tree: Any) -> tuple[torch.Size, torch.device]:
+def shape_and_device(tree: Any) -> tuple[torch.Size, torch.device]:
     """Shape and device of a tree's first tensor."""
     while not isinstance(tree, Tensor):
         tree = next(iter(tree.values() if isinstance(tree, Mapping) else tree))
