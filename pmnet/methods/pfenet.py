@@ -1,0 +1,336 @@
+"""PFENet: a prior mask without training, and a pyramid in which coarse scales learn from fine ones.
+
+Tian et al., "Prior Guided Feature Enrichment Network for Few-Shot Segmentation", TPAMI 2020. Published program:
+github.com/dvlab-research/PFENet at a505675, no licence; this code was written from a description of it.
+
+Deep features tell how like each query position is to the support's object: the prior mask. Middle features, the mean
+of the support's object and the prior mask are merged at four scales, each of which hands its result on to the next.
+ASGNet and SCL use the same pyramid.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pmnet.backbones import Backbone, Features, Reads
+from pmnet.errors import CheckpointError, SettingError
+from pmnet.methods.base import Criterion, Head, Method, resize, scored, size_of
+from pmnet.methods.pooling import masked_mean
+
+WIDTH = 256
+BINS = (60, 30, 15, 8)
+EPS = 0.0005  # of the masked means
+PRIOR_EPS = 1e-7
+M = TypeVar("M", bound=nn.Module)
+
+
+class Enriched(NamedTuple):
+    """What the pyramid makes of N maps.
+
+    Attributes:
+        logits: (N, 2, h, w).
+        inner: of each scale, logits (N, 2, b, b).
+        kept: of each scale, features (N, 256, h, w).
+    """
+
+    logits: Tensor
+    inner: list[Tensor]
+    kept: list[Tensor]
+
+
+class PyramidHead(Head):
+    """The pyramid, in the authors' names; a subclass makes what goes in at each scale.
+
+    Args:
+        bins: sides of the scales: positions, or where 1 or less a share of the feature map's height.
+    """
+
+    def __init__(self, bins: Sequence[float] = BINS) -> None:
+        super().__init__()
+        self.bins = tuple(bins)
+        scales = range(len(self.bins))
+        self.alpha_conv = nn.ModuleList(pointwise(2 * WIDTH) for _ in scales[1:])
+        self.beta_conv = nn.ModuleList(residual() for _ in scales)
+        self.inner_cls = nn.ModuleList(classifier() for _ in scales)
+        self.res1 = pointwise(len(self.bins) * WIDTH)
+        self.res2 = residual()
+        self.cls = classifier()
+
+    def sides(self, map_: Tensor) -> list[int]:
+        """Of the square maps of each scale, for feature maps (..., h, w)."""
+        return [int(bin_ * map_.shape[-2]) if bin_ <= 1 else int(bin_) for bin_ in self.bins]
+
+    def pooled(self, map_: Tensor) -> list[Tensor]:
+        """A feature map at each scale; adaptive pooling also enlarges."""
+        return [F.adaptive_avg_pool2d(map_, side) for side in self.sides(map_)]
+
+    def enriched(
+        self, merged: Sequence[Tensor], size: tuple[int, int], earlier: Sequence[Tensor] | None = None
+    ) -> Enriched:
+        """
+        Args:
+            merged: of each scale, (N, 256, b, b).
+            size: h, w of the feature map.
+            earlier: what another pass kept; the scales learn from it instead of from one another.
+        """
+        inner: list[Tensor] = []
+        kept: list[Tensor] = []
+        for i, x in enumerate(merged):
+            if i > 0:
+                finer = resize((kept if earlier is None else earlier)[i - 1], size_of(x))
+                x = x + self.alpha_conv[i - 1](torch.cat([x, finer], dim=1))
+            x = x + self.beta_conv[i](x)
+            inner.append(self.inner_cls[i](x))
+            kept.append(resize(x, size))
+        f = self.res1(torch.cat(kept, dim=1))
+        f = f + self.res2(f)
+        return Enriched(self.cls(f), inner, kept)
+
+
+def pointwise(inputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, WIDTH, 1, bias=False), nn.ReLU())
+
+
+def residual() -> nn.Sequential:
+    first, second = (nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False) for _ in range(2))
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+
+
+def classifier() -> nn.Sequential:
+    feature = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
+    return nn.Sequential(feature, nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(WIDTH, 2, 1))
+
+
+def spread(vector_NC: Tensor, like: Tensor) -> Tensor:
+    """One vector at every position of a map, (N, C, h, w)."""
+    return vector_NC[..., None, None].expand(-1, -1, *size_of(like))
+
+
+def supervised(out: Enriched, masks: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    """The criterion of the logits, and its mean over the scales."""
+    size = size_of(masks)
+    main, *inner = (scored(criterion, resize(logits, size), masks) for logits in (out.logits, *out.inner))
+    return main, torch.stack(inner).mean()
+
+
+# PFENet
+
+
+class Seen(NamedTuple):
+    """What is remembered of B episodes.
+
+    Attributes:
+        prototype: (B, 256), the mean over the shots.
+        deep: (B, K, C, hs, ws), layer4 of the object alone.
+    """
+
+    prototype: Tensor
+    deep: Tensor
+
+
+class PFENetHead(PyramidHead):
+    """
+    Args:
+        middle_channels: of layer2 and layer3 together.
+        bins: see `PyramidHead`.
+    """
+
+    def __init__(self, middle_channels: int, bins: Sequence[float] = BINS) -> None:
+        super().__init__(bins)
+        self.down_query = reduction(middle_channels)
+        self.down_supp = reduction(middle_channels)
+        self.init_merge = nn.ModuleList(pointwise(2 * WIDTH + 1) for _ in self.bins)
+
+    def see(self, support_feats: Features, support_masks: Tensor) -> Seen:
+        """
+        Args:
+            support_feats: "layer2", "layer3", and as "layer4_masked" what layer4 makes of the masked layer3.
+            support_masks: see `Head.see`.
+        """
+        B, K = support_masks.shape[:2]
+        support_NChw = self.down_supp(middle(flat(support_feats)))
+        mask_BKhw = mask_at(support_masks, support_NChw)
+        prototype_NC = masked_mean(support_NChw, mask_BKhw.flatten(0, 1), EPS)
+        return Seen(prototype_NC.unflatten(0, (B, K)).mean(dim=1), masked_deep(support_feats, support_masks))
+
+    def segment(self, query_feats: Features, seen: Seen, size: tuple[int, int]) -> Tensor:
+        """Logits (B, 2, H, W); reads "layer2", "layer3" and "layer4"."""
+        return resize(self.outputs(query_feats, seen).logits, size)
+
+    def outputs(self, query_feats: Features, seen: Seen) -> Enriched:
+        query_BChw = self.down_query(middle(query_feats))
+        prior_B1hw = prior_mask(query_feats["layer4"][-1], seen.deep).mean(dim=1, keepdim=True)
+        merged = [
+            merge(torch.cat([q, spread(seen.prototype, q), resize(prior_B1hw, size_of(q))], dim=1))
+            for merge, q in zip(self.init_merge, self.pooled(query_BChw), strict=True)
+        ]
+        return self.enriched(merged, size_of(query_BChw))
+
+    def loss(
+        self,
+        query_feats: Features,
+        support_feats: Features,
+        support_masks: Tensor,
+        query_mask: Tensor,
+        criterion: Criterion,
+    ) -> Tensor:
+        """Of the answer, and as much of the answers of the scales, on average."""
+        out = self.outputs(query_feats, self.see(support_feats, support_masks))
+        return torch.stack(supervised(out, query_mask, criterion)).sum()
+
+
+def reduction(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, WIDTH, 1, bias=False), nn.ReLU(), nn.Dropout2d(0.5))
+
+
+def middle(feats: Features) -> Tensor:
+    """layer3 and layer2 after their last ReLU, (N, C, h, w) at the size of layer3."""
+    layer3, layer2 = F.relu(feats["layer3"][-1]), F.relu(feats["layer2"][-1])
+    return torch.cat([layer3, resize(layer2, size_of(layer3))], dim=1)
+
+
+def flat(support_feats: Features) -> Features:
+    """Every support by itself: (B, K, ...) -> (B * K, ...)."""
+    return {layer: [f.flatten(0, 1) for f in blocks] for layer, blocks in support_feats.items()}
+
+
+def mask_at(masks_BKHW: Tensor, map_: Tensor) -> Tensor:
+    """The masks at the size of a feature map, (B, K, h, w) in [0, 1]; 0 or 1 where H = s * (h - 1) + 1."""
+    return resize((masks_BKHW == 1).to(map_.dtype), size_of(map_))
+
+
+def masked_deep(support_feats: Features, support_masks: Tensor) -> Tensor:
+    """layer4 of the supports' objects, (B, K, C, hs, ws), zero elsewhere."""
+    deep_BKChw = F.relu(support_feats["layer4_masked"][-1])
+    return deep_BKChw * mask_at(support_masks, deep_BKChw)[:, :, None]
+
+
+@torch.no_grad()
+def prior_mask(query_BChw: Tensor, deep_BKChw: Tensor) -> Tensor:
+    """How like each query position is to the most similar one of each support's object, (B, K, h, w) in [0, 1]."""
+    unit_BCQ = F.normalize(F.relu(query_BChw).flatten(2), dim=1)
+    shots = []
+    for deep_BChw in deep_BKChw.unbind(1):  # one after the other: each needs memory for all pairs of positions
+        unit_BSC = F.normalize(deep_BChw.flatten(2), dim=1).transpose(1, 2)  # what is masked stays 0
+        best_BQ = (unit_BSC @ unit_BCQ).amax(dim=1)
+        low, high = best_BQ.amin(dim=1, keepdim=True), best_BQ.amax(dim=1, keepdim=True)
+        shots.append((best_BQ - low) / (high - low + PRIOR_EPS))
+    return torch.stack(shots, dim=1).unflatten(2, size_of(query_BChw))
+
+
+class PFENet(Method):
+    """Takes any number of shots, and image sides of 8n + 1, which put a feature position on every eighth pixel.
+
+    Args:
+        backbone: whose stages take the feature maps of one another (ResNets, VGG); published:
+            `DilatedResNetBackbone`.
+        bins: see `PyramidHead`.
+        batchnorm: of the frozen backbone while training: "train" as published, "eval" to keep its stored statistics.
+
+    Example:
+        >>> import torch
+        >>> from pmnet.backbones.dilated import DilatedResNetBackbone
+        >>> from pmnet.methods.pfenet import PFENet
+        >>> method = PFENet(DilatedResNetBackbone("resnet50s", "none")).eval()
+        >>> method.predict(torch.rand(1, 3, 65, 65), torch.rand(1, 5, 3, 65, 65), torch.ones(1, 5, 65, 65)).shape
+        torch.Size([1, 65, 65])
+    """
+
+    query_reads: Reads = {"layer2": "last", "layer3": "last", "layer4": "last"}
+    support_reads: Reads = {"layer2": "last", "layer3": "last"}
+    head_type: ClassVar[Any] = PFENetHead
+
+    def __init__(
+        self, backbone: Backbone, bins: Sequence[float] = BINS, batchnorm: Literal["train", "eval"] = "train"
+    ) -> None:
+        channels = backbone.channels
+        super().__init__(backbone, self.head_type(channels["layer2"] + channels["layer3"], bins))
+        self.batchnorm = batchnorm
+
+    def check_sides(self, size: tuple[int, int]) -> None:
+        if any(side % 8 != 1 for side in size):
+            raise SettingError(
+                f"{type(self).__name__} takes image sides of 8n + 1, such as 473 or 385, not {size[0]}x{size[1]}: "
+                "choose episodes.image_size, or resize the images."
+            )
+
+    def passes(self, query: Tensor, support: Tensor, reads: Reads) -> tuple[Features, Features]:
+        """Queries apart from supports, so that batch statistics are of either, and layer4 is not computed in vain."""
+        if reads != self.reads:  # others read supports as well
+            return super().passes(query, support, reads)
+        query_feats = self.backbone_pass(query, self.query_reads)
+        return query_feats, self.backbone_pass(support.flatten(0, 1), self.support_reads)
+
+    def backbone_pass(self, images: Tensor, reads: Reads) -> Features:
+        if self.batchnorm == "train" and self.training:  # features of a batch, which no cache can give
+            with torch.no_grad():
+                return self.backbone.computed(images, self.backbone.checked(reads))
+        return super().backbone_pass(images, reads)
+
+    def of_supports(self, support_feats: Features, support: Tensor, support_masks: Tensor) -> Features:
+        """Adds "layer4_masked": layer4 of layer3, masked."""
+        layer3 = self.backbone.activated(support_feats["layer3"][-1])
+        mask_N1hw = mask_at(support_masks, layer3).flatten(0, 1)[:, None]
+        with torch.no_grad():
+            blocks, _ = self.backbone.stage("layer4", layer3 * mask_N1hw)
+        deep = blocks[-1].unflatten(0, support.shape[:2])
+        return super().of_supports(support_feats, support, support_masks) | {"layer4_masked": [deep]}
+
+    def saved(self) -> set[str]:
+        """With the backbone's statistics, where training changes them."""
+        moving = {name for name, _ in self.named_buffers() if name.startswith("backbone.trunk.")}
+        return super().saved() | (moving if self.batchnorm == "train" else set())
+
+
+def from_release(state_dict: Mapping[str, Tensor], bins: Sequence[float] = BINS) -> PFENetHead:
+    """The head, in eval mode, from the authors' tensor names.
+
+    Args:
+        state_dict: a whole checkpoint; the backbone's tensors are ignored.
+        bins: see `PyramidHead`.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of an unexpected shape.
+    """
+    state = of_head(state_dict)
+    return filled(PFENetHead(inputs(state, "down_query.0.weight"), bins), state)
+
+
+def of_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are none of the backbone's, without the prefixes of parallel training."""
+    state = {re.sub(r"^(module\.|model\.)*", "", name): torch.as_tensor(value) for name, value in state_dict.items()}
+    return {name: value for name, value in state.items() if not re.match(r"layer[0-4]\.", name)}
+
+
+def inputs(state: Mapping[str, Tensor], name: str) -> int:
+    """Input channels of a convolution."""
+    if name not in state or state[name].ndim != 4:
+        raise CheckpointError(f"Not a checkpoint of the authors' program: no convolution '{name}'.")
+    return state[name].shape[1]
+
+
+def filled(module: M, state: Mapping[str, Tensor], method: str | None = None, unread: str = "-") -> M:
+    """A head, or a trunk, with exactly these tensors, in eval mode.
+
+    Args:
+        method: its name, for messages; None takes the head's.
+        unread: how names begin of the module's tensors that may be absent.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of an unexpected shape.
+    """
+    own = module.state_dict()
+    needed = {name for name in own if not name.startswith(unread) and not name.endswith("num_batches_tracked")}
+    missing, unknown = sorted(needed - state.keys()), sorted(state.keys() - own.keys())
+    wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    if missing or unknown or wrong:
+        raise CheckpointError(
+            f"Not a checkpoint of {method or type(module).__name__.removesuffix('Head')} by its authors: "
+            f"missing {missing[:3]}, unknown {unknown[:3]}, of another shape {wrong[:3]}."
+        )
+    module.load_state_dict(state, strict=False)
+    return module.eval()

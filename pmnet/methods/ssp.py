@@ -1,0 +1,197 @@
+"""SSP: self-support matching, by prototypes that the query makes of itself.
+
+Fan et al., "Self-Support Few-Shot Semantic Segmentation", ECCV 2022. Published program: github.com/fanq15/SSP at
+df5bd49, MIT licence; this code was written from a description of it.
+
+The supports' two prototypes give a first answer. Where it is sure, the query's own features make new prototypes, which
+fit the query better; the background's differ from position to position. Nothing is added to the backbone: its layer2
+and layer3 are trained.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pmnet.backbones import Backbone, Features
+from pmnet.backbones.dilated import DilatedResNetBackbone, names_of_timm
+from pmnet.backbones.weights import Provenance, state_hash
+from pmnet.errors import SettingError
+from pmnet.methods.base import Criterion, Head, Method, resize, scored, size_of
+from pmnet.methods.pfenet import filled
+from pmnet.methods.pooling import masked_mean, only
+
+EPS = 1e-5
+SCALE = 10.0  # of cosines as logits
+SHARPNESS = 2.0  # of the attention that makes the adaptive background prototypes
+SURE_FOREGROUND, SURE_BACKGROUND = 0.7, 0.6  # probabilities above which a position supports its query
+AT_LEAST = 12  # positions, where none is above
+TRAINED = ("layer2", "layer3")
+
+
+class Prototypes(NamedTuple):
+    """Of each episode's two sides: vectors (B, C, 1, 1), or one for each position (B, C, h, w)."""
+
+    foreground: Tensor
+    background: Tensor
+
+
+class SSPHead(Head):
+    """Reads the last block of one stage; has no parameters.
+
+    Args:
+        refine: match twice (as published) or once.
+    """
+
+    def __init__(self, refine: bool = True) -> None:
+        super().__init__()
+        self.refine = refine
+
+    def see(self, support_feats: Features, support_masks: Tensor) -> Prototypes:
+        """The means over the shots of the prototypes of each."""
+        each = prototypes(*supports(support_feats, support_masks))
+        B, K = support_masks.shape[:2]
+        return Prototypes(*(side.unflatten(0, (B, K)).mean(dim=1) for side in each))
+
+    def segment(self, query_feats: Features, seen: Prototypes, size: tuple[int, int]) -> Tensor:
+        return resize(self.answers(only(query_feats), seen)[-1], size)
+
+    def answers(self, query_BChw: Tensor, seen: Prototypes) -> list[Tensor]:
+        """Logits (B, 2, h, w) after the first matching and, if wanted, after the second."""
+        out_0 = matched(query_BChw, seen)
+        first = self_support(query_BChw, out_0)
+        once = Prototypes(0.5 * seen.foreground + 0.5 * first.foreground, first.background)
+        out_1 = matched(query_BChw, once)
+        if not self.refine:
+            return [out_1]
+        second = self_support(query_BChw, out_1)
+        fg = 0.5 * seen.foreground + 0.2 * once.foreground
+        fg = fg + 0.3 * (0.5 * seen.foreground + 0.5 * second.foreground)
+        bg = 0.5 * seen.background + 0.2 * once.background + 0.3 * second.background
+        return [out_1, 0.7 * matched(query_BChw, Prototypes(fg, bg)) + 0.3 * out_1]
+
+    def loss(
+        self,
+        query_feats: Features,
+        support_feats: Features,
+        support_masks: Tensor,
+        query_mask: Tensor,
+        criterion: Criterion,
+    ) -> Tensor:
+        """Of each matching, of the query matched by its own true mask, and of the supports matched by theirs."""
+        query_BChw, size = only(query_feats), size_of(query_mask)
+        outputs = self.answers(query_BChw, self.see(support_feats, support_masks))
+        outputs.append(matched(query_BChw, prototypes(query_BChw, query_mask)))
+        of_query = sum(scored(criterion, resize(out, size), query_mask) for out in outputs)
+        feature_NChw, mask_NHW = supports(support_feats, support_masks)
+        of_supports = resize(matched(feature_NChw, prototypes(feature_NChw, mask_NHW)), size_of(mask_NHW))
+        return of_query + 0.2 * scored(criterion, of_supports, mask_NHW)
+
+
+def supports(support_feats: Features, support_masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (B * K, C, h, w) and masks (B * K, H, W) of all supports."""
+    return only(support_feats).flatten(0, 1), support_masks.flatten(0, 1)
+
+
+def prototypes(feature_NChw: Tensor, mask_NHW: Tensor) -> Prototypes:
+    """Of the pixels that are 1 and of those that are 0; 255 belongs to neither."""
+    size = size_of(feature_NChw)
+    sides = ((mask_NHW == side).to(feature_NChw.dtype)[:, None] for side in (1, 0))
+    means = (masked_mean(feature_NChw, resize(side, size)[:, 0], EPS) for side in sides)
+    return Prototypes(*(mean_NC[..., None, None] for mean_NC in means))
+
+
+def matched(feature_NChw: Tensor, by: Prototypes) -> Tensor:
+    """Cosines with the prototypes as logits (N, 2, h, w), background first."""
+    sides = (by.background, by.foreground)
+    return SCALE * torch.stack([F.cosine_similarity(feature_NChw, side, dim=1) for side in sides], dim=1)
+
+
+def self_support(query_BChw: Tensor, out_B2hw: Tensor) -> Prototypes:
+    """What the query makes of the positions where an answer is sure."""
+    query_BCQ, p_B2Q = query_BChw.flatten(2), out_B2hw.softmax(dim=1).flatten(2)
+    background_BQ = sure(p_B2Q[:, 0], SURE_BACKGROUND)
+    means_BC = (mean_of(query_BCQ, chosen) for chosen in (sure(p_B2Q[:, 1], SURE_FOREGROUND), background_BQ))
+    foreground, background = (mean_BC[..., None, None] for mean_BC in means_BC)
+    adaptive_BChw = attended(query_BCQ, background_BQ).unflatten(2, size_of(query_BChw))
+    return Prototypes(foreground, 0.3 * background + 0.7 * adaptive_BChw)
+
+
+def sure(p_BQ: Tensor, threshold: float) -> Tensor:
+    """The positions above the threshold, (B, Q) bool; where an episode has none, the surest."""
+    above_BQ = p_BQ > threshold
+    surest_BQ = torch.zeros_like(above_BQ).scatter(1, p_BQ.topk(min(AT_LEAST, p_BQ.shape[1])).indices, True)
+    return torch.where(above_BQ.any(dim=1, keepdim=True), above_BQ, surest_BQ)
+
+
+def mean_of(feature_BCQ: Tensor, chosen_BQ: Tensor) -> Tensor:
+    """The mean over the chosen positions, (B, C)."""
+    weight_BQ = chosen_BQ.to(feature_BCQ.dtype)
+    return torch.einsum("bcq,bq->bc", feature_BCQ, weight_BQ) / weight_BQ.sum(dim=1, keepdim=True)
+
+
+def attended(feature_BCQ: Tensor, chosen_BP: Tensor) -> Tensor:
+    """For each position the mean of the chosen ones, (B, C, Q), weighted by how like they are to it."""
+    unit_BCQ = F.normalize(feature_BCQ, dim=1)
+    like_BQP = SHARPNESS * unit_BCQ.transpose(1, 2) @ unit_BCQ
+    weight_BQP = like_BQP.masked_fill(~chosen_BP[:, None], -torch.inf).softmax(dim=2)
+    return feature_BCQ @ weight_BQP.transpose(1, 2)
+
+
+class SSP(Method):
+    """Takes any number of shots and any image sides. Trains the convolutions of layer2 and layer3.
+
+    Args:
+        backbone: a ResNet, whose stages are named layer1, ...; published: `DilatedResNetBackbone` with
+            dilation="torchvision".
+        refine: see `SSPHead`.
+
+    Raises:
+        SettingError: the backbone is no ResNet.
+
+    Example:
+        >>> import torch
+        >>> from pmnet.backbones.dilated import DilatedResNetBackbone
+        >>> from pmnet.methods.ssp import SSP
+        >>> method = SSP(DilatedResNetBackbone("resnet50s", "none", dilation="torchvision"))
+        >>> method.predict(torch.rand(1, 3, 64, 80), torch.rand(1, 5, 3, 64, 80), torch.ones(1, 5, 64, 80)).shape
+        torch.Size([1, 64, 80])
+    """
+
+    query_reads = support_reads = {"layer3": "last"}
+    side_multiple = 1
+    learned_layers = TRAINED
+
+    def __init__(self, backbone: Backbone, refine: bool = True) -> None:
+        parts = dict(backbone.trunk.named_children())
+        if not parts.keys() >= set(TRAINED):
+            raise SettingError(
+                f"SSP trains layer2 and layer3 of a ResNet, which {type(backbone).__name__} does not have. Choose "
+                "another backbone, such as backbone=resnet50s."
+            )
+        super().__init__(backbone, SSPHead(refine))
+        for module in backbone.trunk.modules():
+            if isinstance(module, nn.BatchNorm2d):  # its weights stay as they are, like its statistics
+                module.requires_grad_(False)
+
+
+def from_release(state_dict: Mapping[str, Tensor], refine: bool = True) -> SSP:
+    """The network, in eval mode, from the authors' tensor names: all of it is the backbone.
+
+    Args:
+        state_dict: a whole checkpoint of a ResNet-50 or ResNet-101.
+        refine: see `SSPHead`.
+
+    Raises:
+        CheckpointError: a tensor up to layer3 is missing, unknown, or of an unexpected shape.
+    """
+    state = names_of_timm({name: torch.as_tensor(value) for name, value in state_dict.items()})
+    blocks = len({m[1] for name in state if (m := re.match(r"layer3\.(\d+)\.", name))})
+    name = "resnet101s" if blocks > 6 else "resnet50s"
+    backbone = DilatedResNetBackbone(name, "none", dilation="torchvision")
+    filled(backbone.trunk, state, "SSP", unread="layer4.")  # their network ends before it
+    backbone.provenance = Provenance(name, "release", "SSP's authors", state_hash(backbone.trunk.state_dict()))
+    return SSP(backbone, refine).eval()
