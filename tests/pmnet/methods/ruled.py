@@ -72,5 +72,21 @@ class Golden:
 def assert_near(value: Tensor, expected: Tensor, share: float = 1e-5) -> None:
     """Equal within a share of the largest expected value."""
     assert value.shape == expected.shape
-    error, largest = float((value - expected).abs().max()), float(expected.abs().max())
+    error, largest = float((value.detach() - expected).abs().max()), float(expected.abs().max())
     assert error <= share * largest, f"off by {error / largest:.1e} of the largest value"
+
+
+def gradient_norms(module: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The L2 norm of every parameter's gradient, by its name."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: g.norm() for name, g in zip(named, gradients, strict=True) if g is not None}
+
+
+def without_dropout(module: torch.nn.Module) -> torch.nn.Module:
+    """In training mode, but for what is random in it."""
+    module.train()
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout | torch.nn.Dropout2d):
+            part.p = 0.0
+    return module
