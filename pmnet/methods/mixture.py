@@ -18,7 +18,7 @@ from pmnet.backbones.resnet import ResidualBackbone, build_trunk
 from pmnet.backbones.weights import load_weights
 from pmnet.errors import SettingError
 from pmnet.methods.base import Head, Method, resize, size_of
-from pmnet.methods.pfenet import filled, flat, inputs, of_head
+from pmnet.methods.pfenet import filled, flat, inputs, mask_at, of_head
 
 WIDTH = 256  # channels of everything above the backbone
 CONCENTRATION, ROUNDS = 20.0, 10  # of the expectation-maximisation
@@ -89,9 +89,9 @@ class MixtureHead(Head):
         """The prototypes of every round; the positions of all K shots are one set. No gradient passes through them."""
         B, K = support_masks.shape[:2]
         feature_NChw = self.embedded(flat(support_feats))
-        mask_NKhw = resize(support_masks.to(feature_NChw.dtype), size_of(feature_NChw))
+        mask_BKhw = mask_at(support_masks, feature_NChw)
         feature_BSC = feature_NChw.unflatten(0, (B, K)).movedim(2, -1).flatten(1, 3)
-        mask_BS1 = mask_NKhw.flatten(1).unsqueeze(2)
+        mask_BS1 = mask_BKhw.flatten(1).unsqueeze(2)
         sides = mask_BS1 * feature_BSC, (1 - mask_BS1) * feature_BSC
         starts = [getattr(self, f"start{k}") for k in self.sizes]
         return [Prototypes(*(means(side, start) for side in sides)) for start in starts]
