@@ -1,1 +1,1 @@
-"""What is done with the method and the episodes: runs, reports, benchmarks."""
+"""Runs, sweeps, reports and benchmarks."""

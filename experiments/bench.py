@@ -1,10 +1,11 @@
-"""Times PMNet beside the bare backbone and a plain implementation of the same formulas, in turn, in one run.
+"""Times PMNet against the bare backbone and against a plain implementation of the same formulas.
 
 python -m experiments.bench
 
-Writes `benchmarks/<machine>.json`, `.md` and `.png`. Each program has a process of its own, so that none lives in the
-memory of another; they take turns. Times are medians; "x floor" is the time over that of the backbone's bare passes,
-"x plain" over that of the plain implementation. Memory is the peak of a step above that of the backbone's passes.
+Writes `benchmarks/<machine>.json`, `.md` and `.png`. Each program runs in its own process with its own memory; the
+programs take turns. Times are medians. "x floor" is the time divided by that of the backbone's forward passes, a lower
+bound on run time; "x plain" is the time divided by that of the plain implementation. Memory is the peak of a step above
+the peak of the backbone's forward passes.
 """
 
 import argparse
@@ -35,14 +36,14 @@ PROGRAMS = ("backbone", "pmnet", "plain")
 
 @dataclass(frozen=True)
 class Work:
-    """One call: a test of a batch, or a training step on it."""
+    """One call to time: a test batch, or a training step."""
 
     name: str
     shots: int = 1
     batch: int = 1
     size: int = 384
     train: bool = False
-    precision: str = "float32"  # or bfloat16, by autocast
+    precision: str = "float32"  # or bfloat16, under autocast
 
 
 TABLE = [
@@ -67,11 +68,11 @@ CURVES = {
 }
 
 
-# A program, in its own process
+# One program, in its own process
 
 
 def serve(program: str, device: str) -> None:
-    """Does each work that comes as a line of JSON, and answers with seconds and bytes."""
+    """Reads a `Work` as JSON from each line of standard input, runs it, and prints seconds and bytes as JSON."""
     run = PROGRAM[program](device)
     for line in sys.stdin:
         work = Work(**json.loads(line))
@@ -79,7 +80,7 @@ def serve(program: str, device: str) -> None:
 
 
 def measured(device: str, passes: Callable[[], Any], rest: Callable[[Any], Any]) -> dict[str, float]:
-    """Seconds of both, and the bytes by which the peak of both is above the peak of the passes alone."""
+    """Seconds of the passes and in all, and the bytes by which the peak exceeds that of the passes alone."""
     reset_peak(device)
     start = clock(device)
     features = passes()
@@ -89,6 +90,7 @@ def measured(device: str, passes: Callable[[], Any], rest: Callable[[Any], Any])
 
 
 def clock(device: str) -> float:
+    """Seconds, after the device has finished its work."""
     import torch
 
     if device != "cpu":
@@ -106,7 +108,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak(device: str) -> int:
-    """Bytes; 0 where the system does not say."""
+    """Peak memory in bytes; 0 if the system does not report it."""
     import torch
 
     if device == "cuda":
@@ -117,6 +119,7 @@ def peak(device: str) -> int:
 
 
 def images(work: Work, device: str) -> tuple[Any, Any, Any]:
+    """Random queries (B, 3, H, W), supports (B, K, 3, H, W) and support masks (B, K, H, W)."""
     import torch
 
     random = torch.Generator().manual_seed(0)
@@ -127,7 +130,7 @@ def images(work: Work, device: str) -> tuple[Any, Any, Any]:
 
 
 def bare_backbone(device: str) -> Callable[[Work], dict[str, float]]:
-    """torchvision's ResNet-50, once for the queries and once for the supports."""
+    """torchvision's ResNet-50: one forward pass for the queries and one for the supports."""
     import torch
     import torchvision
 
@@ -138,7 +141,7 @@ def bare_backbone(device: str) -> Callable[[Work], dict[str, float]]:
         query, support, _ = images(work, device)
         return measured(device, lambda: (network(query), network(support.flatten(0, 1))), lambda features: None)
 
-    return run  # always float32: the floor of every row
+    return run  # float32 in every row
 
 
 def pmnet(device: str) -> Callable[[Work], dict[str, float]]:
@@ -149,7 +152,7 @@ def pmnet(device: str) -> Callable[[Work], dict[str, float]]:
 
 
 def plain(device: str) -> Callable[[Work], dict[str, float]]:
-    """`tests/plain_network.py`, on features of the same backbone, whose memory is laid out as PyTorch does it."""
+    """`tests/pmnet/methods/plain_network.py` on the same backbone, in PyTorch's default memory format."""
     import torch
 
     import pmnet.methods.pmnet.network
@@ -172,7 +175,7 @@ def plain(device: str) -> Callable[[Work], dict[str, float]]:
 
 
 def whole(network: Any, features: Any, head: Any, device: str) -> Callable[[Work], dict[str, float]]:
-    """Both passes and the head, and for training the gradients of the head's parameters."""
+    """Both forward passes and the head; in a training step also the gradients of the head's parameters."""
     import torch
 
     def run(work: Work) -> dict[str, float]:
@@ -200,11 +203,11 @@ def whole(network: Any, features: Any, head: Any, device: str) -> Callable[[Work
 PROGRAM = {"backbone": bare_backbone, "pmnet": pmnet, "plain": plain}
 
 
-# The programs in turn
+# All programs, taking turns
 
 
 class Served:
-    """A program that waits for work."""
+    """A program running in its own process, called with one `Work` at a time."""
 
     def __init__(self, program: str, device: str) -> None:
         command = [sys.executable, "-m", "experiments.bench", "--serve", program, "--device", device]
@@ -218,7 +221,7 @@ class Served:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{shlex.join(self.process.args)} ended: run it by hand to see why.")  # type: ignore[arg-type]
+            raise SystemExit(f"The command {shlex.join(self.process.args)} failed. Run it by hand to see why.")  # type: ignore[arg-type]
         return json.loads(line)
 
     def end(self) -> None:
@@ -227,7 +230,7 @@ class Served:
 
 
 def in_turn(work: Work, programs: list[str], device: str, rounds: int, console: Console) -> dict[str, dict[str, float]]:
-    """Median seconds of each program; the first round warms up, and tells the memory of a fresh process."""
+    """Median seconds of each program. The first round is a warm-up, which also measures the memory of a new process."""
     served = {name: Served(name, device) for name in programs}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     with console.status(work.name):
@@ -243,7 +246,7 @@ def in_turn(work: Work, programs: list[str], device: str, rounds: int, console: 
 
 
 def against(command: str, rounds: int, console: Console) -> float:
-    """Median seconds of another program: the last word that it prints if that is a number, else what it took."""
+    """Median seconds of another command: the last word of its output if that is a number, else its run time."""
     taken = []
     with console.status(command):
         for _ in range(rounds):
@@ -251,13 +254,14 @@ def against(command: str, rounds: int, console: Console) -> float:
             done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True, check=False)
             whole_run = time.perf_counter() - start
             if done.returncode:
-                raise SystemExit(f"{command} failed with exit code {done.returncode}.")
+                raise SystemExit(f"--against: {command} failed with exit code {done.returncode}.")
             word = done.stdout.split()[-1] if done.stdout.split() else ""
             taken.append(float(word) if re.fullmatch(r"\d+(\.\d*)?(e-?\d+)?", word) else whole_run)
     return statistics.median(taken)
 
 
 def rows_of(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
+    """Table rows from work -> program -> seconds and bytes; columns as in `HEADERS`."""
     rows = []
     for name, by in found.items():
         floor, ours, theirs = (by[program]["seconds"] for program in PROGRAMS)
@@ -278,7 +282,9 @@ def draw(curves: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) 
         for program in PROGRAMS:
             x = [int(point) for point in points]
             axes.plot(x, [by[program]["seconds"] for by in points.values()], marker="o", label=program)
-        axes.set(xlabel={"size": "image side, pixels", "batch": "episodes a batch"}.get(name, name), ylabel="seconds")
+        axes.set(
+            xlabel={"size": "image side in pixels", "batch": "episodes per batch"}.get(name, name), ylabel="seconds"
+        )
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     axes.legend()
@@ -298,10 +304,10 @@ def machine(device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m experiments.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default: 5)")
-    parser.add_argument("--curves", action="store_true", help="also over 1 to 10 shots, image sizes and batches")
-    parser.add_argument("--against", metavar="CMD", help="another program to time in the same run")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder (default: benchmarks)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; their median is reported (default: 5)")
+    parser.add_argument("--curves", action="store_true", help="also time 1 to 10 shots, image sizes and batch sizes")
+    parser.add_argument("--against", metavar="CMD", help="another command to time in the same run")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="output folder (default: benchmarks)")
     parser.add_argument("--serve", choices=PROGRAMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -311,7 +317,7 @@ def main() -> None:
     import torchvision
 
     if arguments.device != "cpu" and not torch.accelerator.is_available():
-        parser.error(f"--device {arguments.device}: PyTorch finds no such device here.")
+        parser.error(f"--device {arguments.device}: PyTorch finds no such device. Use --device cpu.")
     console, device, rounds = Console(), arguments.device, arguments.rounds
     record: dict[str, Any] = {
         "machine": machine(device),
@@ -346,7 +352,7 @@ def main() -> None:
     base.with_suffix(".md").write_text(
         f"{title}\n\n{tabulate(rows, HEADERS, tablefmt='github', disable_numparse=True)}\n"
     )
-    console.print(f"Written to {base}.json")
+    console.print(f"Wrote {base}.json")
 
 
 if __name__ == "__main__":

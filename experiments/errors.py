@@ -1,12 +1,12 @@
-"""Errors that the user can mend, and how they are told."""
+"""Errors that the user can fix, and their messages."""
 
 
 class UserError(Exception):
-    """A setting that cannot be run: what is wrong and what to do. Shown without a traceback."""
+    """A setting that cannot be run. The message says what is wrong and what to do; it is shown without a traceback."""
 
 
 def explain(error: Exception) -> str:
-    """The message of an error; of one from a DataLoader worker, without the traceback that torch adds."""
+    """The error's message, without the traceback that PyTorch adds to errors from DataLoader workers."""
     message = str(error)
     if "Original Traceback" in message:
         message = message.rsplit(f"{type(error).__name__}: ", 1)[-1]

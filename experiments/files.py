@@ -1,4 +1,4 @@
-"""Small JSON files, which others read while they are written."""
+"""JSON files that other processes may read at any time."""
 
 import json
 import os
@@ -8,14 +8,14 @@ from uuid import uuid4
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes beside the old file and then takes its place."""
-    part = path.with_suffix(f".{uuid4().hex}.part")  # processes of one job may write the same file at once
+    """Writes a new file and then replaces the old one with it, so that no reader sees half a file."""
+    part = path.with_suffix(f".{uuid4().hex}.part")  # several processes of a job may write this file
     part.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(part, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's content; nothing where there is none or it cannot be read."""
+    """The file's content; {} if it is missing or cannot be read."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -1,4 +1,4 @@
-"""Loggers of a run: metrics.csv always, W&B if chosen, which may fail without ending anything."""
+"""A run's loggers: always metrics.csv, and W&B if chosen. A W&B failure never stops the run."""
 
 import itertools
 import logging
@@ -21,20 +21,28 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.run.processes import is_first
 
 log = logging.getLogger(__name__)
-OVER_EPOCHS = {"val/miou": "max", "val/fb_iou": "max", "train/loss": "min"}  # named alike in any fold and shot
+# Names without fold and shot, so that W&B draws all runs of a metric in one chart.
+OVER_EPOCHS = {
+    "val/miou": "max",
+    "val/fb_iou": "max",
+    "train/loss": "min",
+}
 
 
 class WandbLogger(LightningWandbLogger):
-    """A W&B run of one job.
+    """Logs a job as one W&B run.
 
-    Without a key, with a rejected one or without a connection at the start it is kept offline, to be uploaded later.
-    Whatever else fails is told once, and the job goes on without W&B: all of it is in the run's folder too.
+    If there is no API key, the key is rejected or the server cannot be reached at the start, the run is kept offline
+    and can be uploaded later. If W&B fails in any other way, one warning is logged and the job continues without it;
+    all metrics and results are in the run's folder too.
 
     Args:
-        save_dir: the run's folder; a job that goes on there goes on in the same W&B run.
-        checkpoint: whether the tested checkpoint is stored as an artifact.
+        save_dir: the run's folder. A job that resumes in this folder continues the same W&B run.
+        offline: whether to keep the run offline without asking the server.
+        checkpoint: whether to store the tested checkpoint as an artifact.
         init_timeout: seconds to wait for the server at the start.
-        finish_timeout: seconds to wait at the end for what is not uploaded yet; it stays in the run's folder.
+        finish_timeout: seconds to wait at the end for uploads; what is left stays in the run's folder.
+        init: further arguments of Lightning's WandbLogger: project, name, group, tags, ...
     """
 
     def __init__(
@@ -42,10 +50,10 @@ class WandbLogger(LightningWandbLogger):
         init_timeout: float = 60, finish_timeout: float = 120, **init: Any,
     ) -> None:  # fmt: skip
         super().__init__(save_dir=save_dir, id=run_id(Path(save_dir)), **init)
-        self._wandb_init.pop("anonymous")  # wandb warns that it means nothing any more
+        self._wandb_init.pop("anonymous")  # deprecated: wandb warns about it
         self.checkpoint, self.failed = checkpoint, False
 
-        def settle() -> None:  # an environment variable that wandb refuses is told of here
+        def configure() -> None:  # raises if wandb rejects an environment variable
             settings = wandb.Settings(init_timeout=init_timeout, finish_timeout=finish_timeout)
             self._wandb_init["settings"] = settings
             if offline:
@@ -53,7 +61,7 @@ class WandbLogger(LightningWandbLogger):
             elif os.environ.get("WANDB_MODE", "online") == "online" and (why := reason_against_online()):
                 self.go_offline(why)
 
-        self.guard(settle)
+        self.guard(configure)
 
     def go_offline(self, why: str) -> None:
         self._wandb_init["mode"] = "offline"
@@ -66,36 +74,37 @@ class WandbLogger(LightningWandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run, begun at its first use; after a failure, one that takes everything and does nothing."""
+        """The W&B run, started at its first use; after a failure, a dummy that accepts every call."""
         if self._experiment is None and not self.failed:
-            self.guard(self.begin)
+            self.guard(self.start)
         return DummyExperiment() if self.failed else self._experiment
 
-    def begin(self) -> None:
+    def start(self) -> None:
         try:
             run = super().experiment
         except wandb.errors.Error as error:
             if self._wandb_init.get("mode") == "offline":
                 raise
             self.go_offline(first_line(error))
-            wandb.teardown()  # its service holds the run that did not come about
+            wandb.teardown()  # else its service would keep the run that failed to start
             run = super().experiment
         for name, best in OVER_EPOCHS.items():
             run.define_metric(name, step_metric="epoch", summary=best)
 
-    def guard(self, what: Callable[[], Any]) -> None:
+    def guard(self, call: Callable[[], Any]) -> None:
+        """Calls; on the first error of W&B logs a warning and from then on does nothing."""
         if self.failed:
             return
         try:
-            what()
-        except Exception as error:  # wandb's own, its service's, the network's: none is worth a training
-            if self.failed:  # and told, on the way to this
+            call()
+        except Exception as error:  # whatever wandb, its service or the network raise must not stop the training
+            if self.failed:  # a nested call has already logged it
                 return
             self.failed = True
             with suppress(Exception):
-                wandb.teardown()  # else it would try again when Python ends, and fail again
+                wandb.teardown()  # else it would try again, and fail again, when Python exits
             log.warning(
-                "W&B failed (%s). The run goes on without it; its metrics and results are in %s.",
+                "W&B failed (%s). The run continues without it; its metrics and results are in %s.",
                 *(first_line(error), self.save_dir),
             )
 
@@ -106,7 +115,7 @@ class WandbLogger(LightningWandbLogger):
         self.guard(lambda: super(WandbLogger, self).log_metrics(metrics, step))
 
     def leave(self) -> None:
-        """Ends this part of the W&B run; the job goes on in it later."""
+        """Ends this part of the W&B run; the job will continue the same run when it is restarted."""
 
         def end() -> None:
             self.experiment.mark_preempting()
@@ -116,18 +125,21 @@ class WandbLogger(LightningWandbLogger):
 
     @rank_zero_only
     def log_results(self, record: dict[str, Any], folder: Path) -> None:
-        """Test scores as the run's summary, the panels as images, results.json as a file."""
+        """Logs test scores and baselines to the run's summary, pictures as images, results.json as a file."""
 
         def send() -> None:
             run, test = self.experiment, record["test"]
-            classes = {f"test/iou/{name}": iou for name, iou in test["iou_per_class"].items()}
-            run.summary.update({"test/miou": test["miou"], "test/fb_iou": test["fb_iou"], **classes})
-            run.config.update({"trained_by": record["training"]["run"]}, allow_val_change=True)
+            run.summary.update({f"test/iou/{name}": iou for name, iou in test["iou_per_class"].items()})
+            for key in ("miou", "fb_iou"):
+                baselines = {f"test/baselines/{name}/{key}": s[key] for name, s in record["baselines"].items()}
+                run.summary.update({f"test/{key}": test[key], **baselines})
+            if trained_by := record["training"].get("run"):  # no training if the method learns nothing
+                run.config.update({"trained_by": trained_by}, allow_val_change=True)
             pictures = sorted((folder / "predictions").glob("*-episode*.png"))
             if pictures:
                 run.log({"predictions": [wandb.Image(str(p), caption=p.stem) for p in pictures]})
             run.save(str(folder / "results.json"), base_path=str(folder), policy="now")
-            if self.checkpoint:
+            if self.checkpoint and record["checkpoint"]:
                 artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata=record["setting"])
                 artifact.add_file(record["checkpoint"]["path"])
                 run.log_artifact(artifact)
@@ -137,12 +149,12 @@ class WandbLogger(LightningWandbLogger):
 
 def finish(code: int) -> None:
     """Ends the W&B run, if one is open."""
-    with suppress(Exception):  # a W&B that failed was reported when it did
+    with suppress(Exception):  # a failure of W&B has already been logged
         wandb.finish(exit_code=code)
 
 
 def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
-    """The CSV logger, and the chosen one beside it."""
+    """The CSV logger and, if one is chosen, another logger."""
     keep_earlier(folder / "metrics.csv")
     loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
     if cfg.logger._target_:
@@ -152,7 +164,7 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
 
 
 def columns(cfg: DictConfig) -> dict[str, Any]:
-    """What runs are told apart by: short names that a table of runs can be filtered by."""
+    """Short names of the setting, by which a table of runs can be filtered."""
     choices = HydraConfig.get().runtime.choices
     return {
         "task": cfg.task.name,
@@ -169,14 +181,15 @@ def columns(cfg: DictConfig) -> dict[str, Any]:
 
 
 def sweep_name() -> str | None:
-    """The folder of the sweep that this job is of."""
+    """The name of the folder of this job's sweep; None outside a sweep."""
     hydra = HydraConfig.get()
     return None if OmegaConf.is_missing(hydra.job, "num") else Path(hydra.sweep.dir).absolute().name
 
 
 def reason_against_online() -> str | None:
+    """Why W&B cannot be used online; None if it can."""
     try:
-        return None if wandb.login(prompt=False, verify=False) else "there is no key (wandb login, or WANDB_API_KEY)"
+        return None if wandb.login(prompt=False, verify=False) else "no API key (run wandb login or set WANDB_API_KEY)"
     except wandb.errors.Error as error:
         return first_line(error)
 
@@ -186,7 +199,7 @@ def first_line(error: Exception) -> str:
 
 
 def run_id(folder: Path) -> str:
-    """The id of the folder's W&B run, kept in `wandb-run-id`."""
+    """The id of the folder's W&B run, stored in the file `wandb-run-id`."""
     path = folder / "wandb-run-id"
     if not path.exists() and is_first():
         path.write_text(secrets.token_hex(4))
@@ -195,7 +208,7 @@ def run_id(folder: Path) -> str:
 
 @rank_zero_only
 def keep_earlier(path: Path) -> None:
-    """Moves the metrics of an interrupted training in the same folder to metrics-1.csv, metrics-2.csv, ..."""
+    """Renames the metrics of an interrupted training in the same folder to metrics-1.csv, metrics-2.csv, ..."""
     if path.exists():
         number = next(n for n in itertools.count(1) if not path.with_stem(f"metrics-{n}").exists())
         path.rename(path.with_stem(f"metrics-{number}"))

@@ -1,4 +1,4 @@
-"""Reports on runs and sweeps, at any time: tables beside the published ones, figures, report.html."""
+"""Reports on finished or running sweeps: tables with published numbers, figures, report.html."""
 
 import argparse
 import io
@@ -15,17 +15,17 @@ from experiments.report.collect import Found, collect, from_wandb
 from experiments.report.page import state_lines, write
 from experiments.report.tables import Benchmark, fb_iou, miou, rich_tables
 
-OF_A_LOG = 200  # columns, as it need not fit a window
+LOG_WIDTH = 200  # columns when the output is not a terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m experiments.report", description=__doc__)
-    parser.add_argument("folders", nargs="*", type=Path, help="of runs or sweeps, or above them")
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT/GROUP", nargs="+", help="the runs of W&B groups instead")
-    parser.add_argument("--out", type=Path, help="where to write (default: report/ in the folder)")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of runs or sweeps; subfolders are searched")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT/GROUP", nargs="+", help="fetch runs of W&B groups instead")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: report/ in the given folder)")
     args = parser.parse_args(arguments)
     if bool(args.folders) == bool(args.wandb):
-        parser.error("give folders, or --wandb entity/project/group")
+        parser.error("give either folders or --wandb entity/project/group")
     out = args.out or (args.folders[0] / "report" if len(args.folders) == 1 else Path("report"))
     try:
         with tempfile.TemporaryDirectory() as fetched:
@@ -37,12 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def show(found: Found, benchmarks: list[Benchmark], out: Path) -> None:
-    """Prints the tables, what is missing, and where the rest is."""
+    """Prints the tables, the runs that are missing, and the path of the report."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an encoding without arrows is no reason to fail
+        sys.stdout.reconfigure(errors="replace")  # some encodings lack arrows
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, OF_A_LOG)
+        console.width = max(console.width, LOG_WIDTH)
     for table in (make(b) for b in benchmarks for make in (miou, fb_iou)):
         console.print(Text(table.title, "bold"), soft_wrap=True)
         for part in rich_tables(table, console.width):

@@ -1,4 +1,4 @@
-"""Finds the runs below folders or in a W&B group, finished or not."""
+"""Finds runs, finished or not, in folders or in W&B groups."""
 
 import os
 import re
@@ -15,8 +15,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from experiments.errors import UserError
 from experiments.files import read_json
 
-UNSHAPING = {  # what a config may differ in and still be the same row of a table
-    *("fold", "shot", "seed", "mode", "ckpt", "resume", "reuse", "trainings", "panels", "untrained", "data"),
+UNSHAPING = {  # config values that may differ between runs of one table row
+    *("fold", "shot", "seed", "mode", "ckpt", "resume", "reuse", "trainings", "panels", "untrained", "floors", "data"),
     *("logger", "launcher", "hydra", "task", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.log_every_n_steps", "dataset.root", "target.root", "validation.root"),
     *("trainer.cache", "trainer.channels_last", "trainer.compile"),
@@ -24,22 +24,23 @@ UNSHAPING = {  # what a config may differ in and still be the same row of a tabl
     *("episodes.validation", "episodes.task", "episodes.fold", "episodes.shot", "episodes.train_shot"),
     *("episodes.seed", "episodes.cache", "episodes.workers", "episodes.test_batch_size"),
 }
-OF_TRAINING = {  # what a test of trained weights has in its config, but not from them
+OF_TRAINING = {  # config values that affect training only; a test of trained weights takes them from the training run
     *("optimizer", "scheduler", "loss", "trainer", "train_shot", "validation", "model.dropout"),
     *("episodes.batch_size", "episodes.per_epoch", "episodes.val", "episodes.novel_pixels"),
 }
+METHOD_OF_MODEL = {"pmnet": "PMNet", "pmnet_release": "PMNet"}  # for records that do not name their method
 
 
 @dataclass
 class Job:
-    """A run, planned or made.
+    """A run, started or only planned.
 
     Attributes:
-        folder: of the run; None of one that has not started.
-        record: its results.json; empty unless it finished.
-        error: why it failed, if it did.
-        url: of its run in W&B, if it came from there.
-        by_path: whether a dataset of one's own goes by its whole path, as another has the same name.
+        folder: the run's folder; None if the run has not started.
+        record: the content of its results.json; empty unless the run finished.
+        error: the message of a failed run.
+        url: its page in W&B, if it was fetched from there.
+        by_path: whether its own-images dataset is named by its whole path, because another one has the same name.
     """
 
     folder: Path | None
@@ -62,6 +63,17 @@ class Job:
     def setting(self) -> dict[str, Any]:
         return self.record.get("setting", {})
 
+    @property
+    def method(self) -> str:
+        """The method's name as published, e.g. "HSNet-HM"."""
+        model = self.setting.get("model", "pmnet")
+        return self.setting.get("method") or METHOD_OF_MODEL.get(model, model)
+
+    @property
+    def training_free(self) -> bool:
+        """Whether the method learns nothing: its record has an empty "training"."""
+        return self.record.get("training") == {}
+
     @cached_property
     def benchmark(self) -> tuple[str, str, str, str]:
         """(task, dataset, target, backbone)."""
@@ -78,9 +90,11 @@ class Job:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The values that shape its numbers, by dotted name."""
+        """The values that affect the run's numbers, by dotted name."""
         values = {"model": self.setting.get("model", "pmnet"), "weights": self.weights}
         shaping = {k: v for k, v in flat(self.record.get("config", {})) if not within(k, UNSHAPING)}
+        if self.training_free:
+            return values | {k: v for k, v in shaping.items() if not within(k, OF_TRAINING)}
         if self.record.get("mode") == "test":
             trained = read_json(self.trained_by / "results.json").get("config") if self.trained_by else None
             shaping = {k: v for k, v in shaping.items() if not within(k, OF_TRAINING)}
@@ -91,16 +105,25 @@ class Job:
         checkpoint = self.record.get("checkpoint", {}).get("path")
         return values | {"checkpoint": Path(checkpoint).stem if checkpoint else "best"} | shaping
 
+    def has_option(self, name: str) -> bool:
+        """Whether a value of `config` can apply to this run: those of training do not apply to a training-free one."""
+        return not (self.training_free and within(name, OF_TRAINING | {"checkpoint", "trained by"}))
+
     @property
     def weights(self) -> str | None:
-        """The backbone's; a file that was taught base classes is another in each fold, and yet the same choice."""
+        """The backbone's weights. Files pretrained on the base classes differ between folds but are one choice."""
         backbone = self.record.get("backbone", {})
-        weights, taught = backbone.get("weights"), (backbone.get("trained_on") or {}).get("dataset")
-        return f"taught on {taught}" if taught and Path(weights).suffix else weights
+        weights, pretrained = backbone.get("weights"), (backbone.get("trained_on") or {}).get("dataset")
+        return f"pretrained on {pretrained}" if pretrained and Path(weights).suffix else weights
 
     @cached_property
     def trained_by(self) -> Path | None:
-        """The folder of the run that trained what it tests; after a move, the one of that name beside it."""
+        """The folder of the run that trained the tested weights; None if nothing was trained.
+
+        If the runs were moved, it is the folder of that name beside this run.
+        """
+        if self.training_free:
+            return None
         run = self.record.get("training", {}).get("run")
         if not run or self.folder is None:
             return self.folder
@@ -118,7 +141,7 @@ class Sweep:
 
 @dataclass
 class Found:
-    """All runs, the sweeps that they are of, and what a reader should know of the search."""
+    """All runs, their sweeps, and notes on files that could not be used."""
 
     jobs: list[Job]
     sweeps: list[Sweep]
@@ -130,7 +153,7 @@ class Found:
 
     @property
     def tested(self) -> list[Job]:
-        """Those with numbers: a pretraining of a backbone has none."""
+        """The runs with test scores, i.e. all finished ones except pretrainings of a backbone."""
         return [job for job in self.finished if "test" in job.record]
 
     def name_of(self, folder: Path) -> str:
@@ -139,6 +162,7 @@ class Found:
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of a nested dictionary."""
     if isinstance(value, dict) and value:
         for key, part in value.items():
             yield from flat(part, f"{name}.{key}" if name else str(key))
@@ -151,15 +175,15 @@ def within(name: str, groups: Iterable[str]) -> bool:
 
 
 def collect(folders: Sequence[Path]) -> Found:
-    """The runs in these folders or anywhere below them. They may be written to meanwhile.
+    """Finds all runs in these folders or below them. Runs may still be in progress.
 
     Raises:
-        UserError: a folder is missing, or there is no run in any.
+        UserError: a folder is missing, or none of them contains a run.
     """
     found, seen = Found([], [], []), set()
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"There is no folder {folder.absolute()} to report on.")
+            raise UserError(f"There is no folder {folder.absolute()}. Give the folder of a run or of a sweep.")
         for place in sorted(places(folder), key=by_number):
             if place.resolve() in seen:
                 continue
@@ -172,21 +196,21 @@ def collect(folders: Sequence[Path]) -> Found:
     tell_datasets_apart(found.tested)
     for sweep in found.sweeps:
         inside = sweep.folder.resolve()
-        begun = [job.overrides for job in found.jobs if job.folder and job.folder.resolve().is_relative_to(inside)]
+        started = [job.overrides for job in found.jobs if job.folder and job.folder.resolve().is_relative_to(inside)]
         for overrides in sweep.planned:
-            if overrides in begun:
-                begun.remove(overrides)
+            if overrides in started:
+                started.remove(overrides)
             else:
                 short = " ".join(o for o in overrides if "." not in o.split("=")[0])
                 found.jobs.append(Job(None, overrides, name=short or " ".join(overrides)))
     if not found.jobs:
         where = ", ".join(str(f.absolute()) for f in folders)
-        raise UserError(f"No run in {where}: give the folder of a run or of a sweep, which has results.json below it.")
+        raise UserError(f"No run found in {where}. Give the folder of a run or of a sweep, with results.json below it.")
     return found
 
 
 def places(folder: Path) -> Iterator[Path]:
-    """Folders of runs and of sweeps; what lies in a run's folder is its own."""
+    """Folders of runs and of sweeps. Does not descend into the folder of a run."""
     for path, inside, files in os.walk(folder):
         inside[:] = sorted(name for name in inside if name not in ("wandb", "checkpoints", "predictions", ".submitit"))
         run = ".hydra" in inside or "results.json" in files
@@ -197,43 +221,46 @@ def places(folder: Path) -> Iterator[Path]:
 
 
 def by_number(path: Path) -> list[Any]:
+    """Sort key that orders 2 before 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path)) if part]
 
 
 def read_sweep(folder: Path, notes: list[str]) -> Sweep:
     plan = read_json(folder / "sweep.json")
     if not plan:
-        notes.append(f"{folder.name}: sweep.json cannot be read; which runs it planned is not known.")
+        notes.append(f"{folder.name}: sweep.json cannot be read, so runs that have not started are not listed.")
     jobs, command = (value if isinstance(value := plan.get(key), list) else [] for key in ("jobs", "command"))
     planned = [list(map(str, job["overrides"])) for job in jobs if isinstance(job, dict) and job.get("overrides")]
     return Sweep(folder, list(map(str, command)), str(plan.get("started") or ""), planned)
 
 
 def read_job(folder: Path, notes: list[str]) -> Job | None:
-    """None where the folder is a sweep's."""
+    """The run in a folder; None if the folder only belongs to a sweep."""
     overrides = folder / ".hydra" / "overrides.yaml"
     try:
         given = OmegaConf.to_container(OmegaConf.load(overrides)) if overrides.exists() else []
     except (YAMLError, OSError, UnicodeDecodeError):
-        given = []  # half written
+        given = []  # only partly written yet
     job = Job(folder, [str(o) for o in given if not str(o).startswith("hydra.")] if isinstance(given, list) else [])
     record, job.error = read_json(folder / "results.json"), read_json(folder / "failure.json").get("error")
     job.error = str(job.error) if job.error is not None else None
     if job.error is None and (record.get("mode") == "pretrain" or is_whole(record)):
         job.record = record
     elif job.error is None and (folder / "results.json").exists():
-        notes.append(f"{folder.name}: results.json cannot be read, or is none of a run; the run counts as unfinished.")
+        notes.append(
+            f"{folder.name}: results.json cannot be read or is not the record of a run; the run counts as unfinished."
+        )
     return job if job.error or (folder / ".hydra").exists() or job.record else None
 
 
 Number = int | float
-SHAPE: dict[str, Any] = {  # of a record, as far as reports read it; what older versions lacked may be missing
+SHAPE: dict[str, Any] = {  # what every record has; keys that older versions did not write are below
     "test": {"miou": Number, "fb_iou": Number},
     "setting": {"dataset": str},
 }
 SHAPE_IF_THERE: dict[str, Any] = {
     "setting": {
-        **dict.fromkeys(("task", "target", "backbone", "model"), str),
+        **dict.fromkeys(("task", "target", "backbone", "model", "method"), str),
         "fold": int | str,
         "folds": int,
         "shot": int,
@@ -249,63 +276,64 @@ SHAPE_IF_THERE: dict[str, Any] = {
 
 
 def is_whole(record: dict[str, Any]) -> bool:
-    """Whether a record has what every table needs, and nothing that no run has written."""
+    """Whether a record has everything a table needs, in the types that runs write."""
     if not (has(record, SHAPE, needed=True) and has(record, SHAPE_IF_THERE, needed=False)):
         return False
-    if record.get("baselines") and not has(record["baselines"], {"all_foreground": SHAPE["test"]}, needed=True):
-        return False
     tested = [record["test"], *record.get("baselines", {}).values()]
-    classes = [scores.setdefault("iou_per_class", {}) for scores in tested if isinstance(scores, dict)]
+    if not all(has(scores, SHAPE["test"], needed=True) for scores in tested):
+        return False
     fold = record["setting"].get("fold", 0)
-    return (
-        len(classes) == len(tested)
-        and all(isinstance(ious, dict) and all(isinstance(iou, Number) for iou in ious.values()) for ious in classes)
-        and (isinstance(fold, int) or fold == "all")
-    )
+    if not (isinstance(fold, int) or fold == "all"):
+        return False
+    classes = [scores.setdefault("iou_per_class", {}) for scores in tested]
+    return all(isinstance(ious, dict) and all(isinstance(iou, Number) for iou in ious.values()) for ious in classes)
 
 
 def has(value: Any, shape: Any, needed: bool) -> bool:
+    """Whether a value has the types of `shape`; `needed`: whether all its keys must be present."""
     if not isinstance(shape, dict):
         return isinstance(value, shape)
-    there = isinstance(value, dict) and (value.keys() >= shape.keys() or not needed)
-    return there and all(has(value[key], inner, needed) for key, inner in shape.items() if key in value)
+    present = isinstance(value, dict) and (value.keys() >= shape.keys() or not needed)
+    return present and all(has(value[key], inner, needed) for key, inner in shape.items() if key in value)
 
 
 def give_names(found: Found) -> None:
-    """Each run by its folder, as far as that tells it from the others."""
+    """Names each run by its folder, relative to the folder that all of them share."""
     folders = [job.folder.absolute() for job in found.jobs if job.folder]
     for job, folder in zip([job for job in found.jobs if job.folder], folders, strict=True):
         job.name = str(folder.relative_to(os.path.commonpath([f.parent for f in folders])))
 
 
 def tell_datasets_apart(jobs: Sequence[Job]) -> None:
-    """Folders of one name are one dataset, wherever they lie, as long as they have the same classes."""
+    """Own-images folders of the same name are one dataset, wherever they lie, if they have the same classes."""
     classes: dict[Any, set[Any]] = defaultdict(set)
     for job in jobs:
         classes[job.benchmark].add(classes_of(job))
     for job in jobs:
         if job.by_path is False and len(classes[job.benchmark]) > 1:
             job.by_path = True
-            del job.benchmark  # is made anew
+            del job.benchmark  # a cached property: computed again
 
 
 def classes_of(job: Job) -> frozenset[str]:
-    """Of both sides: the same in every fold."""
-    drawn = job.record.get("episodes", {})
-    return frozenset([*drawn.get("base_classes", []), *drawn.get("novel_classes", [])])
+    """Base and novel classes together, which are the same in every fold."""
+    episodes = job.record.get("episodes", {})
+    return frozenset([*episodes.get("base_classes", []), *episodes.get("novel_classes", [])])
 
 
 def from_wandb(paths: Sequence[str], folder: Path) -> Found:
-    """The runs of W&B groups, each by the results.json that it stored, fetched to `folder`.
+    """Finds the runs of W&B groups and downloads their results.json to `folder`.
 
     Args:
-        paths: entity/project/group each.
+        paths: one entity/project/group each.
 
     Raises:
-        UserError: no such group, no key, no connection.
+        UserError: the group does not exist, there is no API key, or there is no connection.
     """
     jobs = [job for path in dict.fromkeys(paths) for job in of_group(path, folder)]
-    return Found(jobs, [], ["Pictures of predictions are not fetched from W&B; learning curves are those found here."])
+    return Found(
+        jobs, [], ["Pictures of predictions are not fetched from W&B; learning curves only if the runs are here too."]
+    )
 
 
 def of_group(path: str, folder: Path) -> list[Job]:
@@ -328,11 +356,13 @@ def of_group(path: str, folder: Path) -> list[Job]:
             if record.get("mode") == "pretrain" or is_whole(record):
                 job.record = record
             elif run.state not in ("running", "pending"):
-                job.error = f"W&B has no results of it, which is {run.state}"
+                job.error = f"W&B has no results of this run (state: {run.state})"
             jobs.append(job)
     except (wandb.errors.Error, ValueError, OSError) as error:
-        told = str(error).rstrip(".")
-        raise UserError(f"W&B did not give the runs of {path}: {told}. Is there a key (wandb login)?") from error
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"Could not fetch the runs of {path} from W&B: {reason}. Check the name and your API key (wandb login)."
+        ) from error
     if not jobs:
         raise UserError(f"W&B has no run in the group {group} of {entity}/{project}.")
     return jobs

@@ -1,4 +1,4 @@
-"""Figures of a report: folds, the radar of the paper's figure 1, classes, learning curves."""
+"""A report's figures: mIoU by fold, a radar like the paper's figure 1, IoU by class, learning curves."""
 
 import csv
 import math
@@ -26,26 +26,28 @@ from experiments.report.tables import (
     parts,
     printed_value,
     published,
+    same_name,
 )
 
 matplotlib.use("Agg")
-ROWS, MOST = 10, 160  # rows of a table, and classes, in a figure
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]  # Okabe and Ito's
-HATCHES = ("//", "", "..")  # published, ours, ours when colours are used again
+ROWS, MOST = 10, 160  # at most this many series, and classes, in a figure
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]  # Okabe and Ito
+HATCHES = ("//", "", "..")  # published, ours, ours when the colours repeat
 SHORT = {"cross_category": "", "cross_dataset": "cross-dataset\n", "cross_domain": "cross-domain\n"}
 
 
 def leading(b: Benchmark) -> list[Series]:
-    """Of many rows, as a search makes, those with the best numbers."""
+    """The series with the best numbers, at most `ROWS` of them: a search has many."""
     means = {s.name: statistics.mean(job.record["test"]["miou"] for job in s.jobs) for s in b.series}
     best = sorted(means, key=lambda name: -means[name])[:ROWS]
     return [s for s in b.series if s.name in best]
 
 
 def folds(b: Benchmark) -> Figure:
-    """Bars of each fold and shot; published HSNet and PMNet beside ours."""
+    """Bars for each fold and shot: our series beside published HSNet, PMNet and the series' own methods."""
     series = leading(b)
-    compared = [e for e in b.published if e["method"] in ("HSNet", "PMNet") and not e.get("ablation")]
+    shown = ["HSNet", "PMNet", *(s.jobs[0].method for s in series)]
+    compared = [e for e in b.published if any(same_name(e["method"], name) for name in shown) and not e.get("ablation")]
     printed = list(dict.fromkeys(method(e) for e in compared))
     names = [*(f"{name}, published" for name in printed), *(s.name for s in series)]
     size = (max(6.0, 1.1 + 0.34 * len(names) * len(parts(b))), 2.6 * len(b.shots) + 0.2 * len(names))
@@ -78,9 +80,9 @@ def folds(b: Benchmark) -> Figure:
 
 
 def radar(found: Sequence[Benchmark]) -> Figure | None:
-    """As figure 1 of the paper: an axis a benchmark, published HSNet and PMNet, and ours; each axis has its own scale.
+    """One axis for each benchmark, as in the paper's figure 1: published HSNet and PMNet, and our best row.
 
-    Of ours, the backbone and shot with most benchmarks are drawn. None where they have no published benchmark.
+    Each axis has its own scale. The backbone and shot with the most benchmarks are drawn; None if none is published.
     """
     covered: dict[tuple[str, int], list[Benchmark]] = defaultdict(list)
     for b in found:
@@ -117,7 +119,7 @@ def radar(found: Sequence[Benchmark]) -> Figure | None:
     axis.set_xticks(angles, labels, fontsize=8)
     axis.tick_params(axis="x", pad=14)
     for angle, label in zip(angles, axis.get_xticklabels(), strict=True):
-        side = math.sin(angle)  # angles run against the clock from the top
+        side = math.sin(angle)  # angles run counter-clockwise from the top
         label.set_horizontalalignment("center" if abs(side) < 0.2 else "right" if side > 0 else "left")
     axis.set_yticks([0.25, 0.5, 0.75, 1.0], [])
     axis.set_ylim(0, 1.08)
@@ -127,13 +129,13 @@ def radar(found: Sequence[Benchmark]) -> Figure | None:
 
 
 def best_of(b: Benchmark, shot: int) -> float | None:
-    """The best mIoU of ours: the mean over all folds, or of the network that learned the whole dataset."""
+    """Our best mIoU: the mean over all folds, or that of a network for the whole dataset."""
     values = [mean_of(s, b, shot, "miou") if b.cut else s.values(shot, "all", "miou") for s in b.series]
     return max((statistics.mean(v) for v in values if v), default=None)
 
 
 def classes(b: Benchmark, s: Series) -> Figure:
-    """IoU of each class, sorted, coloured by fold; a panel a shot. Of very many, the lowest and the highest."""
+    """Sorted IoU of each class, coloured by fold, one panel for each shot; the lowest and highest if there are many."""
     panels: dict[int, list[tuple[float, str, Any]]] = {}
     for shot in sorted({shot for shot, _ in s.runs}):
         bars = [
@@ -162,7 +164,7 @@ def classes(b: Benchmark, s: Series) -> Figure:
 
 
 def curves(found: Found) -> Figure | None:
-    """Validation mIoU and training loss over epochs, a line a training; None where no run has any."""
+    """Validation mIoU and training loss over epochs, one line for each training; None if no run has any."""
     runs = dict.fromkeys(job.trained_by for job in found.jobs if job.trained_by)
     lines = {found.name_of(run): read_curves(run) for run in runs}
     lines = {name: line for name, line in lines.items() if any(line.values())}
@@ -188,7 +190,7 @@ def curves(found: Found) -> Figure | None:
 
 
 def read_curves(run: Path) -> dict[str, dict[int, float]]:
-    """Epoch -> value, of metrics.csv and of the parts before an interruption; the later of two of an epoch counts."""
+    """Epoch -> value, from metrics.csv and the files of interrupted parts. Later values of an epoch replace earlier."""
     result: dict[str, dict[int, float]] = {"val/miou": {}, "train/loss": {}}
     parts = [
         path for name in ("metrics-of-*.csv", "metrics-[0-9]*.csv") for path in sorted(run.glob(name), key=by_number)
@@ -197,7 +199,7 @@ def read_curves(run: Path) -> dict[str, dict[int, float]]:
         if not path.is_file():
             continue
         lines = path.read_text(errors="replace").splitlines(keepends=True)
-        for row in csv.DictReader(line for line in lines if line.endswith("\n")):  # the last may be half written
+        for row in csv.DictReader(line for line in lines if line.endswith("\n")):  # the last may be incomplete
             for key, points in result.items():
                 try:
                     points[int(row["epoch"])] = float(row[key])
@@ -207,7 +209,7 @@ def read_curves(run: Path) -> dict[str, dict[int, float]]:
 
 
 def plain_text(name: str) -> str:
-    """Of which matplotlib takes nothing for mathematics."""
+    """The name with dollar signs escaped, which matplotlib would read as mathematics."""
     return name.replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""report.html: one file that needs no other; and the same tables as Markdown, LaTeX and CSV beside it."""
+"""report.html, a single file without links to others, and the same tables as Markdown, LaTeX and CSV."""
 
 import base64
 import io
@@ -23,12 +23,12 @@ from experiments.report.collect import Found, Job
 from experiments.report.tables import Benchmark, Table
 
 STATES = ("finished", "failed", "unfinished", "not started")
-WIDEST = 1000  # pixels of a panel on the page; of more than 16 runs they are smaller
+WIDEST = 1000  # pixels of a panel on the page; smaller if there are more than 16 runs
 
 
 @dataclass
 class Section:
-    """A benchmark on the page; figures are (heading, name of the file, PNG)."""
+    """One benchmark on the page. Figures are (heading, file name, PNG)."""
 
     title: str
     name: str
@@ -41,7 +41,7 @@ class Section:
 
 @dataclass
 class Origin:
-    """Where a run's numbers come from: a line of the last table on the page."""
+    """A row of the page's last table, which says where a run's numbers come from."""
 
     name: str
     link: str
@@ -50,16 +50,16 @@ class Origin:
 
 
 def write(found: Found, out: Path) -> list[Benchmark]:
-    """Writes report.{html,md,tex,csv}, tables/*.csv and figures/*.png to `out`; returns what was reported.
+    """Writes report.{html,md,tex,csv}, tables/*.csv and figures/*.png to `out`; returns the benchmarks in it.
 
-    Each file takes its place when it is whole, as people look at them while a sweep goes on.
+    Each file is replaced in one step, so it can be read while a sweep is running.
     """
     for folder in ("figures", "tables"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     benchmarks = tables.benchmarks(found.tested)
     sections = [section(b) for b in benchmarks]
-    overall = drawn("Against the paper", "radar", figures.radar(benchmarks))
-    overall += drawn("Learning curves", "curves", figures.curves(found))
+    overall = as_png("Comparison with the paper", "radar", figures.radar(benchmarks))
+    overall += as_png("Learning curves", "curves", figures.curves(found))
     for _, name, png in [f for s in sections for f in (*s.figures, *s.class_figures)] + overall:
         replace(out / "figures" / f"{name}.png", png)
     replace(out / "report.md", markdown(found, sections, overall))
@@ -82,15 +82,15 @@ def section(b: Benchmark) -> Section:
     pair = b.dataset if b.dataset == b.target else f"{b.dataset}-{b.target}"
     name = re.sub(r"[^\w-]+", "-", f"{b.task}-{pair}-{b.backbone}")
     result = Section(b.title, name, tables.miou(b), tables.fb_iou(b), tables.per_class(b))
-    result.figures = drawn("mIoU by fold", f"folds-{name}", figures.folds(b))
+    result.figures = as_png("mIoU by fold", f"folds-{name}", figures.folds(b))
     for i, s in enumerate(figures.leading(b)):
         if any(s.classes(*key) for key in s.runs):
-            result.class_figures += drawn(f"IoU of each class, {s.name}", f"classes-{name}-{i}", figures.classes(b, s))
+            result.class_figures += as_png(f"IoU of each class, {s.name}", f"classes-{name}-{i}", figures.classes(b, s))
     return result
 
 
-def drawn(heading: str, name: str, fig: Figure | None) -> list[tuple[str, str, bytes]]:
-    """Nothing for no figure."""
+def as_png(heading: str, name: str, fig: Figure | None) -> list[tuple[str, str, bytes]]:
+    """[(heading, name, PNG)], or [] without a figure."""
     if fig is None:
         return []
     png = io.BytesIO()
@@ -104,14 +104,14 @@ def title(found: Found) -> str:
 
 
 def commands(found: Found) -> list[tuple[str, str]]:
-    """(command, when it began) of the sweeps; where there is none, of the runs."""
+    """(command, start time) of the sweeps, or of the runs if there is no sweep."""
     if found.sweeps:
         return [(shlex.join(s.command), s.started[:16].replace("T", " ")) for s in found.sweeps]
     return [(c, "") for c in dict.fromkeys(shlex.join(j.record.get("command", [])) for j in found.finished) if c]
 
 
 def state_lines(found: Found) -> list[str]:
-    """What is there, what is missing and why."""
+    """How many runs finished, which did not and why, and notes."""
     counted = Counter(job.state for job in found.jobs)
     counts = ", ".join(f"{counted[state]} {state}" for state in STATES if counted[state])
     return [f"{counts} of {len(found.jobs)} runs", *missing(found), *found.notes]
@@ -163,7 +163,7 @@ def source(content: bytes, kind: str) -> str:
 
 
 def panels(jobs: Sequence[Job]) -> list[tuple[str, str]]:
-    """Each run's overview of predictions, as JPEG no wider than the page."""
+    """(run, JPEG as a data URL) of each run's overview of predictions, resized to the page's width."""
     paths = {job.name: job.folder / "predictions" / "overview.png" for job in jobs if job.folder}
     paths = {name: path for name, path in paths.items() if path.is_file()}
     widest = WIDEST * min(1.0, math.sqrt(16 / max(len(paths), 1)))
@@ -173,7 +173,7 @@ def panels(jobs: Sequence[Job]) -> list[tuple[str, str]]:
         try:
             with Image.open(path) as image:
                 small = image.convert("RGB")
-        except (OSError, SyntaxError):  # half written
+        except (OSError, SyntaxError):  # only partly written yet
             continue
         small.thumbnail((int(widest), int(4 * widest)))
         small.save(jpeg, "JPEG", quality=75)
@@ -182,7 +182,7 @@ def panels(jobs: Sequence[Job]) -> list[tuple[str, str]]:
 
 
 def provenance(jobs: Sequence[Job], found: Found, out: Path) -> tuple[dict[str, str], list[str], list[Origin]]:
-    """What all runs share; the names of what they differ in; and a line a run with that."""
+    """The facts that all runs share, the names of those that differ, and one row for each run with the latter."""
     facts = [facts_of(job, found) for job in jobs]
     names = list(dict.fromkeys(name for f in facts for name in f))
     shared = {n: facts[0][n] for n in names if n not in ALWAYS and tables.all_equal(f.get(n) for f in facts)}
@@ -206,6 +206,7 @@ def facts_of(job: Job, found: Found) -> dict[str, str]:
     backbone, episodes, training = (r.get(k) or {} for k in ("backbone", "episodes", "training"))
     facts = {
         **{k: job.setting.get(k) for k in ("fold", "shot", "seed")},
+        "method": job.method,
         "mIoU": f"{r['test']['miou']:.2f}",
         "trained by": found.name_of(job.trained_by) if job.trained_by and not job.url else training.get("run"),
         "epochs": training.get("epochs"),
@@ -224,5 +225,5 @@ def facts_of(job: Job, found: Found) -> dict[str, str]:
 
 
 def short(commit: str | None) -> str | None:
-    """Ten digits, and the mark of files that differ from it."""
+    """The commit's first ten digits, and "+changes" if files differed from it."""
     return commit and commit[:10] + "+changes" * commit.endswith("+changes")

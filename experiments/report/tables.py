@@ -1,4 +1,7 @@
-"""The tables: published methods, ours below them, and the difference; one plain form, rendered in four ways."""
+"""Result tables: published methods, our runs below them, the difference, and baselines.
+
+A `Table` holds plain text; it is rendered for terminals, Markdown, LaTeX and CSV.
+"""
 
 import csv
 import io
@@ -6,7 +9,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,21 @@ from experiments.report.collect import Job, all_equal
 
 PUBLISHED = Path(__file__).parents[1] / "published.yaml"
 NONE, PARAMS = "-", "params (M)"
-FIRST = 22  # least width of the first column in a terminal
-MODELS = {"pmnet": "PMNet", "pmnet_release": "PMNet (release)", "dam": "DAM"}
+KEYS = ("miou", "fb_iou")
+FIRST = 22  # minimum width of the first column in a terminal
+ALL_FOREGROUND, UNTRAINED = "all_foreground", "untrained"  # baselines that are not training-free methods
+TOLERANCE = 0.1  # percent by which a baseline may differ between runs without a note
 ABLATIONS = {"no_b3dconvs": "w/o B3DConvs", "no_background": "w/o Background"}
 
 
 @dataclass
 class Row:
-    """Cells of text; `best` are the columns to print bold. Kinds: published, ours, difference, baseline."""
+    """A row of text cells.
+
+    Attributes:
+        kind: "published", "ours", "difference" or "baseline".
+        best: the columns to print in bold.
+    """
 
     cells: list[str]
     kind: str = "published"
@@ -44,7 +54,11 @@ class Table:
 
 @dataclass
 class Series:
-    """A row of ours: one configuration over shots, folds and seeds; `runs[shot, fold]` has a job a seed."""
+    """One configuration over shots, folds and seeds: a row of our results.
+
+    Attributes:
+        runs: (shot, fold) -> one run for each seed.
+    """
 
     name: str
     runs: dict[tuple[int, Any], list[Job]]
@@ -65,7 +79,7 @@ class Series:
         return list(dict.fromkeys(name for job in jobs for name in job.record["test"]["iou_per_class"]))
 
     def over_seeds(self, shot: int, folds: Sequence[Any], key: str) -> list[float]:
-        """The mean over the folds of each seed that has them all, or none."""
+        """The mean over the folds for each seed that has all of them."""
         by_seed: dict[Any, dict[Any, float]] = defaultdict(dict)
         for fold in folds:
             for job in self.runs.get((shot, fold), []):
@@ -74,7 +88,10 @@ class Series:
 
     @property
     def ablation(self) -> str | None:
+        """How the model differs from the published one, in the words of published.yaml where it has such an entry."""
         config = self.jobs[0].config
+        if config.get("model.linear_heads"):
+            return "linear_heads"
         if config.get("model.b3dconvs") is False:
             return "no_b3dconvs"
         return "no_background" if config.get("model.support_background") is False else None
@@ -82,13 +99,14 @@ class Series:
 
 @dataclass
 class Benchmark:
-    """One setting of the paper's tables: where trained and tested, with which backbone."""
+    """One table: a task, a dataset to train on, a target to test on, and a backbone."""
 
     task: str
     dataset: str
     target: str
     backbone: str
     series: list[Series]
+    baselines: list[Series]
     published: list[dict[str, Any]]
     shots: list[int]
     folds: list[Any]
@@ -96,7 +114,7 @@ class Benchmark:
 
     @property
     def cut(self) -> list[Any]:
-        """The folds that a mean is over; none where one network learned, and is tested on, everything."""
+        """The folds that a mean is over, without fold "all": a single network for the whole dataset."""
         return [fold for fold in self.folds if fold != "all"]
 
     @property
@@ -107,7 +125,7 @@ class Benchmark:
 
 @cache
 def published() -> list[dict[str, Any]]:
-    """The entries of published.yaml that are of one benchmark; a method that stands in two tables comes once."""
+    """The entries of published.yaml, without averages over targets; a method in two tables is listed once."""
     entries: Any = OmegaConf.to_container(OmegaConf.load(PUBLISHED))
     named = {(*(e[k] for k in ("task", "dataset", "target", "backbone", "shot")), method(e)): e
              for e in reversed(entries) if "task" in e}  # fmt: skip
@@ -120,8 +138,21 @@ def method(entry: dict[str, Any]) -> str:
     return f"{entry['method']}{ablation}{venue}"
 
 
+def same_name(a: str, b: str) -> bool:
+    """Whether two names of a method are the same up to case and punctuation, as "HSNet-HM" and "hsnet_hm"."""
+    return re.sub(r"[\W_]", "", a).lower() == re.sub(r"[\W_]", "", b).lower()
+
+
+def label(job: Job) -> str:
+    """The run's method; its model (conf/model) in parentheses if that has another name: "PMNet (release)"."""
+    model = job.setting.get("model", job.method)
+    if same_name(model, job.method):
+        return job.method
+    return f"{job.method} ({model.removeprefix(f'{job.method.lower()}_')})"
+
+
 def benchmarks(jobs: Sequence[Job]) -> list[Benchmark]:
-    """Finished runs by setting, in the order in which they were found."""
+    """Groups finished runs by benchmark, in the order in which they were found."""
     groups: dict[tuple[str, str, str, str], list[Job]] = defaultdict(list)
     for job in jobs:
         groups[job.benchmark].append(job)
@@ -134,14 +165,56 @@ def benchmarks(jobs: Sequence[Job]) -> list[Benchmark]:
         printed = [e for e in published() if like.items() <= e.items() and e["shot"] in shots]
         folds = folds_of(members, printed)
         if len(folds) > 1 and not any("folds" in known for known in [*printed, *(job.setting for job in members)]):
-            notes.append("How many folds there are is not recorded; the means are over those found.")
-        result.append(Benchmark(task, dataset, target, backbone, series, printed, shots, folds, notes))
+            notes.append("The number of folds is not recorded; means are over the folds found.")
+        baselines = baselines_of(series, notes)
+        result.append(Benchmark(task, dataset, target, backbone, series, baselines, printed, shots, folds, notes))
         notes += [note for s in series for shot in shots for note in seeds_left_out(s, shot, result[-1].cut)]
     return result
 
 
+def baselines_of(series: Sequence[Series], notes: list[str]) -> list[Series]:
+    """The baselines in the runs' records, as rows of their own.
+
+    Marking everything as foreground scores the same in all runs on the same test episodes. A training-free method also
+    depends on the backbone's weights, so it has a row for each choice of weights. An untrained network is that of one
+    series.
+    """
+    names = dict.fromkeys(name for s in series for job in s.jobs for name in job.record.get("baselines", {}))
+    weights = list(dict.fromkeys(job.weights for s in series for job in s.jobs))
+    rows = [baseline("everything marked as foreground", ALL_FOREGROUND, series, notes)]
+    for name in names:
+        if name not in (ALL_FOREGROUND, UNTRAINED):
+            for choice in weights:
+                shown = f", weights {choice}" if len(weights) > 1 else ""
+                sharing = [s for s in series if s.jobs[0].weights == choice]
+                rows.append(baseline(f"{name.replace('_', ' ')}, training-free{shown}", name, sharing, notes))
+    for s in (s for s in series if not s.jobs[0].training_free):
+        shown = f", {s.name}" if len(series) > 1 else ""
+        runs = {key: [j for job in jobs for j in scored(job, UNTRAINED)] for key, jobs in s.runs.items()}
+        rows.append(Series(f"before training{shown}", {key: jobs for key, jobs in runs.items() if jobs}))
+    return [row for row in rows if row.runs]
+
+
+def baseline(title: str, name: str, series: Sequence[Series], notes: list[str]) -> Series:
+    """One score for each shot and fold: the first found, as neither seed nor training affects it."""
+    found: dict[tuple[int, Any], list[Job]] = defaultdict(list)
+    for s in series:
+        for key, jobs in s.runs.items():
+            found[key] += [j for job in jobs for j in scored(job, name, seed=None)]
+    scores = [[j.record["test"]["miou"] for j in jobs] for jobs in found.values() if jobs]
+    if any(max(of_all) - min(of_all) > TOLERANCE for of_all in scores):
+        notes.append(f"{title}: the runs differ (in image size or test episodes, say); the first found is shown.")
+    return Series(title, {key: jobs[:1] for key, jobs in found.items() if jobs})
+
+
+def scored(job: Job, name: str, **setting: Any) -> list[Job]:
+    """The run with the scores of a baseline in place of its own; empty if it has no such baseline."""
+    scores = job.record.get("baselines", {}).get(name)
+    return [replace(job, record={"setting": job.setting | setting, "test": scores})] if scores else []
+
+
 def seeds_left_out(s: Series, shot: int, folds: Sequence[Any]) -> list[str]:
-    """Which seeds a mean is not over, where it is over others."""
+    """A note on the seeds that a mean leaves out because some of their folds are missing."""
     of: dict[Any, set[Any]] = {
         fold: {job.setting.get("seed") for job in s.runs.get((shot, fold), [])} for fold in folds
     }
@@ -150,11 +223,11 @@ def seeds_left_out(s: Series, shot: int, folds: Sequence[Any]) -> list[str]:
     if all(lacking.values()) or not any(lacking.values()):
         return []
     without = "; ".join(f"seed {seed} lacks fold {', '.join(missing)}" for seed, missing in lacking.items() if missing)
-    return [f"{s.name}, {shot}-shot: the mean is over the seeds that have all folds: {without}."]
+    return [f"{s.name}, {shot}-shot: the mean is over the seeds with all folds ({without})."]
 
 
 def folds_of(jobs: Sequence[Job], printed: Sequence[dict[str, Any]]) -> list[Any]:
-    """Every fold that a whole row has: those that the dataset, or the published table, is cut into."""
+    """All folds of the dataset, as recorded or as published, whether or not they were run."""
     found = {job.setting.get("fold", 0) for job in jobs}
     if found == {"all"}:
         return ["all"]
@@ -164,13 +237,14 @@ def folds_of(jobs: Sequence[Job], printed: Sequence[dict[str, Any]]) -> list[Any
 
 
 def rows_of(jobs: Sequence[Job], notes: list[str]) -> list[Series]:
-    """A series for each configuration, named by what sets it apart from the others."""
+    """One series for each configuration, named by the values in which it differs from the others."""
     groups: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
         groups[str(sorted((k, str(v)) for k, v in job.config.items() if v is not None))].append(job)
-    configs = [g[0].config for g in groups.values()]
+    firsts = [g[0] for g in groups.values()]
+    configs = [job.config for job in firsts]
     names = sorted({k for c in configs for k in c})
-    differ = [k for k in names if not all_equal(c.get(k) for c in configs)]
+    differ = [k for k in names if not all_equal(job.config.get(k) for job in firsts if job.has_option(k))]
     chosen = {k for k in differ if k.startswith(("model.", "backbone.")) and follows(k, configs)}
     telling = [k for k in differ if k not in ("model", "weights", *chosen)]
     series = []
@@ -183,28 +257,27 @@ def rows_of(jobs: Sequence[Job], notes: list[str]) -> list[Series]:
             if twin:
                 newer, older = same_two = sorted((twin, job), key=made, reverse=True)
                 same.remove(twin)
-                taught = "" if all_equal(j.record.get("backbone") for j in same_two) else ", with another backbone"
+                other = "" if all_equal(j.record.get("backbone") for j in same_two) else ", with another backbone"
                 notes.append(
-                    f"{newer.name} counts, and not {older.name}: the same setting and seed, made later{taught}."
+                    f"{newer.name} replaces {older.name}: it has the same setting and seed and is newer{other}."
                 )
                 job = newer
             same.append(job)
         shown = [f"weights {config['weights']}"] if "weights" in differ else []
-        shown += [f"{k}={config.get(k, NONE)}" for k in telling]
-        name = MODELS.get(config["model"], config["model"])
-        series.append(Series(", ".join([f"{name}, ours", *shown]), dict(runs)))
+        shown += [f"{k}={config.get(k, NONE)}" for k in telling if members[0].has_option(k)]
+        series.append(Series(", ".join([f"{label(members[0])}, ours", *shown]), dict(runs)))
         notes += notes_on(series[-1])
     return series
 
 
 def follows(key: str, configs: Sequence[dict[str, Any]]) -> bool:
-    """Whether the choice of the model fixes a value, so that its name says it all."""
+    """Whether the value depends on the model alone, so that naming the model is enough."""
     models = {c["model"] for c in configs}
     return all(all_equal(c.get(key) for c in configs if c["model"] == model) for model in models)
 
 
 def notes_on(s: Series) -> list[str]:
-    """What a reader should know before trusting a row."""
+    """Notes on what limits a row: seeds, test episodes that differ, tested classes seen in training."""
     notes = []
     seeds = sorted({len(jobs) for jobs in s.runs.values()})
     if seeds[-1] > 1:
@@ -217,10 +290,10 @@ def notes_on(s: Series) -> list[str]:
         "splits": len({episodes(j, "splits") for j in s.jobs}),
     }.items():
         if different > 1:
-            notes.append(f"its runs have different {what}; they do not compare")
+            notes.append(f"its runs have different {what} and are not comparable")
     seen = sorted({c for j in s.jobs for c in j.record.get("tested_classes_seen_in_training", [])})
     if seen:
-        notes.append(f"tested classes that were trained on: {', '.join(seen)}")
+        notes.append(f"tested classes that were seen in training: {', '.join(seen)}")
     return [f"{s.name}: {note}." for note in notes]
 
 
@@ -243,15 +316,15 @@ def spread(values: Sequence[float]) -> str:
 
 
 def miou(b: Benchmark) -> Table:
-    """As tables 1 to 6 of the paper: folds and mean of each shot, learnable parameters."""
+    """mIoU of each fold and their mean for each shot, and learnable parameters, as in the paper's tables 1 to 6."""
     pairs, columns = number_columns(b)
     rows = [published_row(name, entries, pairs) for name, entries in by_method(b.published).items()]
     table = Table(f"mIoU in %. {b.title}", ["method", *columns, PARAMS], rows, list(b.notes))
     for s in b.series:
         values = [measured(s, b, *pair, "miou") for pair in pairs]
         table.rows.append(Row([s.name, *map(spread, values), params(s.jobs[0])], "ours"))
-        like = [e for e in b.published if e["method"] == "PMNet" and e.get("ablation") == s.ablation]
-        if like and s.jobs[0].setting.get("model", "pmnet") != "dam":
+        like = [e for e in b.published if same_name(e["method"], s.jobs[0].method) and e.get("ablation") == s.ablation]
+        if like:
             printed = published_row("", like, pairs).cells[1:-1]
             gains = [gain(v, p) for v, p in zip(values, printed, strict=True)]
             table.rows.append(Row(["  against published", *gains, ""], "difference"))
@@ -262,7 +335,7 @@ def miou(b: Benchmark) -> Table:
 
 
 def parts(b: Benchmark) -> list[Any]:
-    """What has a column of its own in each shot: folds, "mean" over them, "all" if a network learned everything."""
+    """The columns of each shot: folds, their "mean", and "all" if there is a network for the whole dataset."""
     return [*b.cut, *(["mean"] if b.cut else []), *(["all"] if "all" in b.folds else [])]
 
 
@@ -271,13 +344,13 @@ def part_name(part: Any) -> str:
 
 
 def number_columns(b: Benchmark) -> tuple[list[tuple[int, Any]], list[str]]:
-    """(shot, fold or "mean") of each column, and its head."""
+    """(shot, fold or "mean") of each column, and its heading."""
     pairs = [(shot, part) for shot in b.shots for part in parts(b)]
     return pairs, [f"{shot}-shot {part_name(part)}" if b.cut else f"{shot}-shot" for shot, part in pairs]
 
 
 def measured(s: Series, b: Benchmark, shot: int, part: Any, key: str) -> list[float]:
-    """A value a seed."""
+    """One value for each seed."""
     return mean_of(s, b, shot, key) if part == "mean" else s.values(shot, part, key)
 
 
@@ -292,21 +365,12 @@ def gain(values: Sequence[float], printed: str) -> str:
 
 
 def baseline_rows(b: Benchmark, key: str) -> list[Row]:
-    """The score of marking everything, which is the same for all who are tested on the same episodes."""
-
-    def each(shot: int, part: Any) -> list[float]:
-        found = []
-        for fold in b.cut if part == "mean" else [part]:
-            jobs = [job for s in b.series for job in s.runs.get((shot, fold), [])]
-            found.append([j.record["baselines"]["all_foreground"][key] for j in jobs if j.record.get("baselines")][:1])
-        return [statistics.mean(v for (v,) in found)] if all(found) else []
-
-    values = [each(*pair) for pair in number_columns(b)[0]]
-    return [Row(["everything marked as foreground", *map(spread, values)], "baseline")] if any(values) else []
+    pairs = number_columns(b)[0]
+    return [Row([s.name, *(spread(measured(s, b, *pair, key)) for pair in pairs)], "baseline") for s in b.baselines]
 
 
 def partial_means(s: Series, b: Benchmark, key: str) -> list[str]:
-    """What there is of a mean whose folds are not all there."""
+    """Notes on means that are not shown because folds are missing, with the mean over the folds found."""
     notes = []
     for shot in b.shots:
         have = [fold for fold in b.cut if s.values(shot, fold, key)]
@@ -314,11 +378,11 @@ def partial_means(s: Series, b: Benchmark, key: str) -> list[str]:
         if have and missing:
             part = statistics.mean(statistics.mean(s.values(shot, fold, key)) for fold in have)
             notes.append(
-                f"{s.name}, {shot}-shot: no mean yet, {len(have)} of {len(b.cut)} folds (without {missing}); "
-                f"over those it is {part:.1f}."
+                f"{s.name}, {shot}-shot: no mean yet, {len(have)} of {len(b.cut)} folds (missing: {missing}); "
+                f"the mean over the folds found is {part:.1f}."
             )
         elif have and not mean_of(s, b, shot, key):
-            notes.append(f"{s.name}, {shot}-shot: no mean yet, as no seed has all folds.")
+            notes.append(f"{s.name}, {shot}-shot: no mean yet, because no seed has all folds.")
     return notes
 
 
@@ -336,14 +400,14 @@ def published_row(name: str, entries: list[dict[str, Any]], pairs: Sequence[tupl
 
 
 def printed_value(entry: dict[str, Any], part: Any) -> float | None:
-    """What is printed for a fold, for the mean over folds, or for the network of the whole dataset."""
+    """The published value for a fold, for the mean over folds, or for a network for the whole dataset."""
     if part in ("mean", "all"):
         return entry.get("miou") if ("folds" in entry) == (part == "mean") else None
     return dict(enumerate(entry.get("folds", ()))).get(part)
 
 
 def as_printed(value: float | None) -> str:
-    """One decimal as in the paper, two where it has two."""
+    """With one decimal, or two where the paper prints two."""
     if value is None:
         return NONE
     return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
@@ -355,7 +419,7 @@ def params(job: Job) -> str:
 
 
 def mark_best(table: Table) -> None:
-    """Bold: the best of the published and the best of all methods."""
+    """Marks the best published method and the best of all methods for printing in bold."""
     for column, name in enumerate(table.columns):
         if name in ("method", PARAMS):
             continue
@@ -383,7 +447,7 @@ def fb_iou(b: Benchmark) -> Table:
 
 
 def per_class(b: Benchmark) -> Table:
-    """A line a class and fold, a column a configuration and shot."""
+    """One row for each class and fold, one column for each configuration and shot."""
     columns = [(s, shot) for s in b.series for shot in b.shots]
     heads = [f"{shot}-shot" + (f", {s.name}" if len(b.series) > 1 else "") for s, shot in columns]
     rows = [
@@ -398,7 +462,7 @@ def per_class(b: Benchmark) -> Table:
 
 
 def rich_tables(table: Table, width: int) -> list[RichTable]:
-    """The table, or several with some of its columns each, so that no number is broken."""
+    """The table; if it is too wide, several tables with some of its columns each, so that no number is wrapped."""
     wide = [max(len(line) for c in cells for line in c.split("\n")) + 3 for cells in zip(*texts_of(table), strict=True)]
     groups: list[list[int]] = [[]]
     for i in range(1, len(wide)):
@@ -409,7 +473,7 @@ def rich_tables(table: Table, width: int) -> list[RichTable]:
 
 
 def texts_of(table: Table) -> list[list[str]]:
-    """Heads, on two lines, and cells."""
+    """Headings, on two lines each, and cells."""
     return [[c.replace("-shot ", "-shot\n") for c in table.columns], *(row.cells for row in table.rows)]
 
 
@@ -432,7 +496,7 @@ def cells_of(table: Table, text: Callable[[str], str], bold: Callable[[str], str
 
 
 def plain(text: str) -> str:
-    """For Markdown: one line, of which nothing is taken for markup."""
+    """One line of Markdown in which nothing is markup."""
     return re.sub(r"([\\|*_`\[\]<>#~&])", r"\\\1", " ".join(text.split()))
 
 
@@ -452,14 +516,14 @@ SPECIAL |= {"±": r"$\pm$", "→": r"$\to$"}
 
 
 def tex(text: str) -> str:
-    """For LaTeX; brackets and asterisks are kept from being taken for an argument of the row before."""
+    """LaTeX. Brackets and asterisks are put in braces; otherwise `\\\\` before them would take them as an argument."""
     if re.fullmatch(r"[+-][0-9.]+", text):
         return f"${text}$"
     return "".join(SPECIAL.get(c, c) for c in " ".join(text.split()))
 
 
 def latex(table: Table) -> str:
-    """A `table` with booktabs' rules: \\usepackage{booktabs}."""
+    """A `table` environment that needs \\usepackage{booktabs}."""
 
     def line(cells: Iterable[str]) -> str:
         return " & ".join(cells) + r" \\"
@@ -484,14 +548,16 @@ def as_csv(table: Table) -> str:
 
 
 CSV = (
-    "task dataset target backbone weights model row fold shot seed miou fb_iou episodes trained_by commit folder"
+    "task dataset target backbone weights model method row fold shot seed miou fb_iou episodes trained_by commit folder"
 ).split()
 
 
 def tidy_csv(found: Sequence[Benchmark]) -> str:
-    """A line a finished run, numbers as measured."""
+    """One line for each finished run, unrounded; its baselines are in columns `baselines/<name>/miou` and `/fb_iou`."""
+    jobs = [job for b in found for s in b.series for job in s.jobs]
+    baselines = dict.fromkeys(name for job in jobs for name in job.record.get("baselines", {}))
     text = io.StringIO()
-    writer = csv.DictWriter(text, CSV, lineterminator="\n")
+    writer = csv.DictWriter(text, [*CSV, *(f"baselines/{n}/{k}" for n in baselines for k in KEYS)], lineterminator="\n")
     writer.writeheader()
     for b in found:
         for s in b.series:
@@ -502,11 +568,13 @@ def tidy_csv(found: Sequence[Benchmark]) -> str:
                     "dataset": b.dataset,
                     "target": b.target,
                     "backbone": b.backbone,
+                    "method": job.method,
                     "row": s.name,
                 }
                 line |= {"weights": r.get("backbone", {}).get("weights"), "commit": r.get("commit"), "folder": place}
-                line |= {"trained_by": r.get("training", {}).get("run") or place}
+                line |= {"trained_by": None if job.training_free else r.get("training", {}).get("run") or place}
                 line |= {key: job.setting.get(key) for key in ("model", "fold", "shot", "seed")}
-                line |= {"miou": r["test"]["miou"], "fb_iou": r["test"]["fb_iou"]}
+                line |= {key: r["test"][key] for key in KEYS}
+                line |= {f"baselines/{n}/{k}": v[k] for n, v in r.get("baselines", {}).items() for k in KEYS}
                 writer.writerow(line | {"episodes": episodes(job, "test_episodes")})
     return text.getvalue()

@@ -1,1 +1,1 @@
-"""One run: train, test, and write down what came out."""
+"""One run: train, test, and write the results."""

@@ -1,4 +1,4 @@
-"""Small habits of a training."""
+"""Callbacks of a training: seeds for each step, a log line for each epoch."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class StepSeed(L.Callback):
-    """Seeds dropout by (seed, step, process), so that a resumed training draws as an unbroken one does."""
+    """Seeds dropout by (seed, step, process), so that a resumed training equals an uninterrupted one."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -22,10 +22,10 @@ class StepSeed(L.Callback):
 
 
 class EpochLog(L.Callback):
-    """A line an epoch in the log, where there is no progress bar to look at."""
+    """Logs one line for each epoch, for runs without a progress bar."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.start = time.time()  # a training that goes on in the middle of an epoch does not start that epoch
+        self.start = time.time()  # on_train_epoch_start is not called if the training resumes within an epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.start = time.time()

@@ -1,6 +1,7 @@
-"""Checkpoints: which one a run starts from or tests, whether it fits, and how the files are written.
+"""Checkpoints: which one a run starts from or tests, whether it matches, and how the files are written.
 
-Two files a run, `best.ckpt` and `last.ckpt`, written whole or not at all, and read without unpickling objects.
+Each run has two files, `best.ckpt` and `last.ckpt`. They are written completely or not at all, and read without
+unpickling objects.
 """
 
 import itertools
@@ -24,10 +25,10 @@ from pmnet.training.module import check_checkpoint
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found and read.
+    """A checkpoint that has been read.
 
     Attributes:
-        path: of its file.
+        path: its file.
         content: plain values and tensors.
     """
 
@@ -36,7 +37,7 @@ class Checkpoint:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What its training was made of."""
+        """The setting of its training."""
         return self.content.get("record", {})
 
     @property
@@ -46,36 +47,36 @@ class Checkpoint:
 
     @property
     def val_miou(self) -> float:
-        """The best validation mIoU in percent up to this checkpoint; NaN without a validation."""
+        """The best validation mIoU in percent up to this checkpoint; NaN without validation."""
         states = [s for s in self.content["callbacks"].values() if s.get("monitor") == "val/miou"]
         best = states[0]["best_model_score"] if states else None
         return float("nan") if best is None else float(best)
 
     def check_network(self, network: Method) -> None:
-        """Raises CheckpointError where it is of another backbone or another network."""
+        """Raises CheckpointError if it belongs to another backbone or network."""
         check_checkpoint(self.content, network)
 
     def check_training(self, record: dict[str, Any]) -> None:
-        """Raises CheckpointError where an interrupted training is not the one that the config asks for."""
+        """Raises CheckpointError if the interrupted training is not the configured one."""
         differ = [
-            f"{name} is {value}, there {self.record.get(name)}"
+            f"{name} is {value} here, {self.record.get(name)} there"
             for name, value in record.items()
-            if self.record.get(name) != value and name != "splits"  # a description; the lists have their hash
+            if self.record.get(name) != value and name != "splits"  # a description; the lists have a hash
         ]
         if differ:
             raise CheckpointError(
-                f"{self.path} is of another training: {differ[0]}. Choose another hydra.run.dir, or start a new "
-                "training in this one with resume=false."
+                f"{self.path} belongs to another training: {differ[0]}. Choose another hydra.run.dir, or start a new "
+                "training in this folder with resume=false."
             )
 
     def check_trained_on(self, data: FewShotDataModule) -> None:
-        """Raises UserError where it is tested on another dataset and was not trained on the one in the config."""
+        """Raises UserError if the target is another dataset and the training used other classes than configured."""
         trained = self.record
         if not data.same and (trained["dataset"], trained["base_classes"]) != (data.dataset.name, data.base_classes):
             raise UserError(
                 f"The checkpoint was trained on {trained['dataset']}, {len(trained['base_classes'])} classes "
                 f"({', '.join(trained['base_classes'][:5])}, ...), but dataset={data.dataset.name} fold={data.fold} "
-                f"stands for {len(data.base_classes)} classes. Choose the dataset and the fold that it was trained on."
+                f"means {len(data.base_classes)} classes. Choose the dataset and fold that it was trained on."
             )
 
 
@@ -83,10 +84,12 @@ class Checkpoint:
 
 
 def to_start_from(ckpt: str | None, folder: Path, resume: bool) -> Checkpoint | None:
-    """The checkpoint that a training starts from: of the interrupted training in this folder, else `ckpt`, if any.
+    """The checkpoint that a training starts from: that of an interrupted training in this folder, or else `ckpt`.
 
     Args:
-        resume: False puts the checkpoints of an earlier training in this folder aside.
+        ckpt: a checkpoint, the folder of a run, or None.
+        folder: this run's folder.
+        resume: whether to resume; False renames the checkpoints of an earlier training in this folder.
 
     Raises:
         CheckpointError: `ckpt` does not exist, or the file cannot be read.
@@ -98,18 +101,18 @@ def to_start_from(ckpt: str | None, folder: Path, resume: bool) -> Checkpoint | 
 
 
 def to_test(ckpt: str | None) -> Checkpoint:
-    """The checkpoint that mode=test tests. Raises UserError or CheckpointError where there is none."""
+    """The checkpoint that mode=test tests. Raises UserError or CheckpointError if there is none."""
     path = given(ckpt, "best")
     if path is None:
-        raise UserError("mode=test needs the checkpoint to test: ckpt=/path/to/best.ckpt, or its run's folder.")
+        raise UserError("mode=test needs a checkpoint: give ckpt=/path/to/best.ckpt or the folder of its run.")
     return read(path)
 
 
 def trained_in(run: Path) -> Checkpoint:
-    """What a finished training left: its best epoch, or the last state where it ended before its first validation."""
+    """The checkpoint of a finished training: the best one, or the last if it ended before its first validation."""
     path = in_run(run, "best") or in_run(run, "last")
     if path is None:
-        raise UserError("The training ended before its first epoch did: there is no checkpoint to test.")
+        raise UserError("The training ended within its first epoch: there is no checkpoint to test. Train longer.")
     return read(path)
 
 
@@ -120,24 +123,24 @@ def in_run(run: Path, which: str) -> Path | None:
 
 
 def given(ckpt: str | None, which: str) -> Path | None:
-    """The file that `ckpt` names: itself, or "best" or "last" of the run folder `ckpt`."""
+    """The file `ckpt`, or the checkpoint "best" or "last" of the run folder `ckpt`; None without `ckpt`."""
     if ckpt is None:
         return None
     path = Path(ckpt).expanduser()
     if path.is_dir():
         path = training_folder(path) / "checkpoints" / f"{which}.ckpt"
     if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint {path.absolute()}: check ckpt.")
+        raise CheckpointError(f"There is no checkpoint {path.absolute()}. Check ckpt.")
     return path
 
 
 def training_folder(run: Path) -> Path:
-    """Where the weights that a run tested were trained: its own folder, or that of the run it shares them with."""
+    """The folder of the run that trained what `run` tested: itself, or the run whose weights it reused."""
     return run if (run / "checkpoints").is_dir() else Path(read_json(run / "training.json").get("run", run))
 
 
 def put_aside(folder: Path) -> None:
-    """Renames a folder's checkpoints, so that they do not mix with those of a new training."""
+    """Renames the folder of a run's checkpoints, so that a new training does not mix with them."""
     if (folder / "checkpoints").is_dir():
         names = (f"checkpoints-before-{number}" for number in itertools.count(1))
         (folder / "checkpoints").rename(next(folder / name for name in names if not (folder / name).exists()))
@@ -147,19 +150,19 @@ def put_aside(folder: Path) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Raises CheckpointError where the file is damaged or holds anything but tensors and plain values."""
+    """Raises CheckpointError if the file is damaged or contains anything but tensors and plain values."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or malicious file makes the reader raise
+    except Exception as error:  # a damaged or malicious file can raise anything
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or it holds more than tensors and plain values "
+            f"{path} cannot be read as a checkpoint: it is damaged, or it contains more than tensors and plain values "
             f"({type(error).__name__}). Nothing in it was executed."
         ) from error
     return Checkpoint(path, content if isinstance(content, dict) else {})
 
 
 def callbacks(folder: Path) -> list[ModelCheckpoint]:
-    """Keep `checkpoints/best.ckpt`, of the best validation mIoU, and `checkpoints/last.ckpt`."""
+    """Callbacks that keep `checkpoints/best.ckpt`, by validation mIoU, and `checkpoints/last.ckpt`."""
     common: dict[str, Any] = {"dirpath": folder / "checkpoints", "enable_version_counter": False}
     best = BestCheckpoint(filename="best", monitor="val/miou", mode="max", **common)
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common)
@@ -167,7 +170,7 @@ def callbacks(folder: Path) -> list[ModelCheckpoint]:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the score of its `best.ckpt` also where a training is resumed in another folder, with a copy of it."""
+    """Keeps the score of `best.ckpt` when a training is resumed in another folder that has a copy of the file."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = Path(str(self.dirpath)) / "best.ckpt"
@@ -179,7 +182,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a new file and then replaces the old one, so that a full disk or a kill leaves the old one."""
+    """Writes a new file and then replaces the old one, so that a full disk or a kill cannot damage the old one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -193,8 +196,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
             os.replace(part, path)
         except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
             part.unlink(missing_ok=True)
-            kept = f"The checkpoint before it is kept: {path}." if path.exists() else "None was written before it."
+            kept = f"The previous checkpoint is kept: {path}." if path.exists() else "There is no earlier one."
             raise CheckpointError(
-                f"Could not write the checkpoint {path}: {error}. Is the disk full? {kept} Free some space and start "
-                "the same command in the same folder to resume from there."
+                f"Could not write the checkpoint {path}: {error}. Is the disk full? {kept} Free some space and run the "
+                "same command in the same folder to resume."
             ) from error

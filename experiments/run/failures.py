@@ -1,4 +1,4 @@
-"""How a job ends when something goes wrong: one message, failure.json, and an exit code that is not 0."""
+"""Failing jobs: one message, failure.json, and an exit code other than 0."""
 
 import logging
 import os
@@ -33,37 +33,37 @@ EXPECTED = (PMNetError, DatasetError, UserError, MisconfigurationException)
 
 @dataclass
 class Outcome:
-    """What a job returns to a sweep: validation mIoU in percent, NaN where it failed."""
+    """What a job returns to a sweep: validation mIoU in percent, NaN if it failed."""
 
     score: float = float("nan")
 
 
 @contextmanager
 def explained(folder: Path) -> Iterator[Outcome]:
-    """Runs a job's work; an error that the user can fix becomes one message and exit code 1.
+    """Runs the block; an error that the user can fix becomes one message and exit code 1.
 
-    The failure is written to `failure.json`. In a sweep it does not end the other jobs.
+    The failure is written to `failure.json`. In a sweep it does not stop the other jobs.
     """
     if jobs.is_sweep_job() or "LOCAL_RANK" in os.environ:
         jobs.end_with_parent()
     if is_first():
-        for name in ("failure.json", "results.json"):  # those of an earlier run in the same folder
+        for name in ("failure.json", "results.json"):  # of an earlier run in this folder
             (folder / name).unlink(missing_ok=True)
     outcome, code = Outcome(), 1
     try:
         yield outcome
         code = 0
     except SIGTERMException:
-        write_down(folder, "The process was asked to end (SIGTERM).")
-        log.info("Asked to end (SIGTERM). The same command resumes after the last whole epoch.")
+        write_failure(folder, "The process was terminated (SIGTERM).")
+        log.info("Terminated (SIGTERM). Run the same command again to resume after the last complete epoch.")
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         message = as_message(error)
-        if Requeue.was_asked():  # an error that follows from being ended is not a failure of the job
-            log.error("After Slurm asked for this job's place: %s", message or repr(error))
+        if Requeue.was_asked():  # an error caused by the termination is not a failure of the job
+            log.error("While Slurm was ending this job: %s", message or repr(error))
             leave_after_error()
-        if message or not (folder / "failure.json").exists():  # else another process of this job failed first
-            write_down(folder, message or repr(error), traceback.format_exc())
+        if message or not (folder / "failure.json").exists():  # otherwise another process of this job failed first
+            write_failure(folder, message or repr(error), traceback.format_exc())
         if message is None:
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 raise
@@ -71,15 +71,15 @@ def explained(folder: Path) -> Iterator[Outcome]:
         Console(stderr=True, soft_wrap=True).print(
             f"[bold red]Error:[/] {escape(message or repr(error))}", highlight=False
         )
-        if HydraConfig.get().mode is RunMode.MULTIRUN and processes_of_slurm() < 2:  # else srun ends the others
-            outcome.score = jobs.passed_over(message or repr(error))
+        if HydraConfig.get().mode is RunMode.MULTIRUN and processes_of_slurm() < 2:  # else exit: srun ends the others
+            outcome.score = jobs.failed_score(message or repr(error))
             return
         sys.exit(1)
     finally:
         loggers.finish(code)
 
 
-def write_down(folder: Path, error: str, trace: str | None = None) -> None:
+def write_failure(folder: Path, error: str, trace: str | None = None) -> None:
     write_json(folder / "failure.json", {"error": error, "traceback": trace, "attempt": trainings.attempt()})
 
 

@@ -20,12 +20,12 @@ MODES: dict[str, Callable[[DictConfig, Path], float]] = {
 
 
 def run_job(cfg: DictConfig) -> float:
-    """Runs one config in this process, or as a process of its own where it is one job of a sweep.
+    """Runs one config in this process, or in its own process if it is a job of a sweep.
 
     Returns:
-        What a sweep may optimise: validation mIoU in percent; NaN where the job of a sweep failed.
+        The score that a search optimises: validation mIoU in percent; NaN if the job of a sweep failed.
     """
-    if jobs.belongs_in_a_process_of_its_own():
+    if jobs.needs_own_process():
         return jobs.run_alone(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     with explained(folder) as outcome:

@@ -1,4 +1,4 @@
-"""Pictures of test episodes: supports with their masks, query, prediction, truth, IoU."""
+"""Pictures of test episodes: supports with masks, query, prediction, ground truth, IoU."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 
 
 def draw(folder: Path, data: FewShotDataModule, module: FewShotModule, result: TestResult, each: int) -> None:
-    """Writes `best-*.png`, `worst-*.png` and `random-*.png`, `each` of a kind, and `overview.png` with all."""
+    """Writes `best-*.png`, `worst-*.png` and `random-*.png`, `each` of them, and all of them in `overview.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
@@ -39,7 +39,7 @@ def draw(folder: Path, data: FewShotDataModule, module: FewShotModule, result: T
 
 @torch.no_grad()
 def predict(module: FewShotModule, episode: Episode) -> Tensor:
-    """(H, W) bool on the CPU."""
+    """The predicted mask, (H, W) bool on the CPU."""
     batch = Episode.collate([episode])
     device = next(module.parameters()).device
     module.eval()
@@ -47,9 +47,9 @@ def predict(module: FewShotModule, episode: Episode) -> Tensor:
 
 
 def figure(rows: list[tuple[str, Episode, Tensor]]) -> Figure:
-    """One row an episode; at most five supports are shown."""
+    """One row for each (label, episode, predicted mask); shows at most five supports."""
     shown = min(rows[0][1].support.shape[0], 5)
-    columns = [f"support {k + 1}" for k in range(shown)] + ["query", "prediction", "truth"]
+    columns = [f"support {k + 1}" for k in range(shown)] + ["query", "prediction", "ground truth"]
     height, width = rows[0][1].query.shape[-2:]
     fig = Figure(figsize=(2.2 * len(columns), (2.1 * height / width + 0.5) * len(rows)))
     axes = fig.subplots(len(rows), len(columns), squeeze=False)

@@ -1,4 +1,4 @@
-"""mode=pretrain: a backbone learns the base classes' pixels."""
+"""mode=pretrain: trains a backbone to segment the base classes."""
 
 import logging
 from pathlib import Path
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def pretrain(cfg: DictConfig, folder: Path) -> float:
-    """Writes `backbone.safetensors` to `folder`. Returns NaN: there is no validation."""
+    """Writes `backbone.safetensors` to `folder`; returns NaN, as there is no validation."""
     loggers = make_loggers(cfg, folder)
     start = checkpoints.to_start_from(cfg.ckpt, folder, cfg.resume or was_requeued())
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -35,7 +35,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> float:
     )
     if start and start.content.get("state_dict", {}).keys() != module.state_dict().keys():
         raise UserError(
-            f"{start.path} is not a checkpoint of this pretraining: check ckpt, hydra.run.dir and backbone."
+            f"{start.path} is not a checkpoint of this pretraining. Check ckpt, hydra.run.dir and backbone."
         )
     _, keep_last = checkpoints.callbacks(folder)
     trainer = make_trainer(cfg, folder, loggers, [EpochLog(), keep_last])
@@ -45,7 +45,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> float:
         path = folder / "backbone.safetensors"
         module.save_backbone(path, trained_on(cfg, pixels))
         write_json(folder / "results.json", {"mode": "pretrain", "backbone": str(path), **results.origin(cfg)})
-        log.info("Backbone written. Use it with\n  backbone.weights=%s", path.absolute())
+        log.info("Wrote the backbone. Use it with\n  backbone.weights=%s", path.absolute())
     return float("nan")
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves: results.json with all that is needed to trust and repeat its numbers, tables to read."""
+"""A run's results: results.json with everything needed to trust and repeat its numbers, and printed tables."""
 
 import csv
 import json
@@ -38,7 +38,10 @@ def make(
     """The record of a run, as plain values.
 
     Args:
-        checkpoint: what was tested; None for a method that learns nothing.
+        result: scores of the test.
+        untrained: scores of the network before training, if it was tested.
+        checkpoint: the tested checkpoint; None for a method that learns nothing.
+        clock: times in seconds at "start", "fit" (if it trained), "test" and "end".
     """
     names = data.test_classes
     choices = HydraConfig.get().runtime.choices
@@ -49,6 +52,7 @@ def make(
         "mode": cfg.mode,
         "setting": {"target": data.target.name}
         | {g: choices[g] for g in ("task", "dataset", "backbone", "model")}
+        | {"method": getattr(network, "title", "") or type(network).__name__}
         | {"fold": cfg.fold.index, "folds": 0 if cfg.fold.index == "all" else len(data.dataset.folds)}
         | {"shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed},
         "test": scores(result.scores, names),
@@ -70,7 +74,7 @@ def make(
 
 
 def checkpoint_record(checkpoint: Checkpoint | None, data: FewShotDataModule) -> dict[str, Any]:
-    """Which checkpoint was tested, and how it was chosen; empty for a method that learns nothing."""
+    """Which checkpoint was tested and how it was selected; empty for a method that learns nothing."""
     if checkpoint is None:
         return {}
     chosen = checkpoint.path.name == "best.ckpt"
@@ -92,11 +96,11 @@ def training_record(checkpoint: Checkpoint | None) -> dict[str, Any]:
 
 
 def selection(validation: dict[str, Any], data: FewShotDataModule) -> str:
-    """How the best epoch was chosen."""
+    """How the best epoch was selected."""
     best = f"the epoch with the best mIoU on {validation['episodes']} validation episodes of {validation['dataset']}"
     if (validation["dataset"], validation["classes"]) == (data.target.name, data.test_classes):
-        return f"{best}, which are the head of the test list, on the same novel classes (the field's convention)"
-    return f"{best}, on other classes than those of the test"
+        return f"{best}, the first ones of the test list, on the same novel classes (the field's convention)"
+    return f"{best}, on classes other than the tested ones"
 
 
 def scores(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def scores(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def origin(cfg: DictConfig) -> dict[str, Any]:
-    """What code and which config made a result."""
+    """The command, code and config behind a result."""
     return {
         "command": sys.argv,
         "versions": {"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
@@ -115,7 +119,7 @@ def origin(cfg: DictConfig) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Git commit of this code, with "+changes" where files differ from it; None outside a checkout."""
+    """Git commit of this code, with "+changes" if files differ from it; None outside a checkout."""
 
     def git(*words: str) -> str:
         where = Path(__file__).parents[2]
@@ -136,7 +140,7 @@ def frozen(network: nn.Module) -> int:
 
 
 def write_episodes(path: Path, data: FewShotDataModule, result: TestResult) -> None:
-    """A row for each test episode: place, class, query, supports, IoU."""
+    """Writes one row for each test episode: index, class, query, supports, IoU."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "class", "query", "supports", "iou"])
@@ -147,7 +151,7 @@ def write_episodes(path: Path, data: FewShotDataModule, result: TestResult) -> N
 
 
 def print_setting(cfg: DictConfig, data: FewShotDataModule, network: Method) -> None:
-    """What is about to run, with learnable and frozen parameters apart."""
+    """Prints what is about to run: data, classes, backbone, learnable and frozen parameters."""
     made = network.backbone.provenance
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for what, dataset in (("dataset", data.dataset), ("validation", data.validation), ("target", data.target)):
@@ -159,7 +163,7 @@ def print_setting(cfg: DictConfig, data: FewShotDataModule, network: Method) -> 
     table.add_row("tested classes", shorten(data.test_classes))
     seen = data.seen(data.base_classes, data.dataset.name)
     if seen:
-        table.add_row("of those, trained on", shorten(seen))
+        table.add_row("of these, trained on", shorten(seen))
     table.add_row("backbone", escape(f"{made.backbone}, weights {made.weights} ({made.source})"))
     table.add_row("parameters", f"{learnable(network):,} learnable, {frozen(network):,} frozen")
     console = Console(soft_wrap=True)
@@ -171,11 +175,12 @@ def print_setting(cfg: DictConfig, data: FewShotDataModule, network: Method) -> 
 
 
 def shorten(names: list[str], most: int = 12) -> str:
+    """The number of names and the first of them."""
     return escape(f"{len(names)}: " + ", ".join(names[:most]) + (", ..." if len(names) > most else ""))
 
 
 def print_scores(record: dict[str, Any], folder: Path) -> None:
-    """The table at the end of a run."""
+    """Prints the table at the end of a run."""
     setting, test = record["setting"], record["test"]
     columns = {"IoU": test} | {name.replace("_", " "): s for name, s in record["baselines"].items()}
     episodes = record["episodes"]["test_episodes"]

@@ -17,7 +17,7 @@ from experiments.run.processes import is_first
 from experiments.sweep.preemption import slurm_callbacks
 
 OURS = {"cache", "channels_last", "compile"}  # keys of conf/trainer that are not Lightning's
-BY_DESIGN = (  # what Lightning warns about choices made here on purpose
+BY_DESIGN = (  # Lightning's warnings about choices made here on purpose
     "does not have many workers",
     "LeafSpec",
     "log_every_n_steps",
@@ -51,7 +51,7 @@ def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks
 
 
 def quiet() -> None:
-    """Hides warnings about choices made here on purpose, and what every process but the first would repeat."""
+    """Hides warnings about choices made here on purpose, and all log lines of processes other than the first."""
     if not is_first():
         logging.getLogger().setLevel(logging.ERROR)
     for name in ("utilities.rank_zero", "trainer.connectors.signal_connector"):

@@ -1,4 +1,4 @@
-"""mode=train and mode=test: train on the base classes, test on the novel ones, write down the results."""
+"""mode=train and mode=test: train on the base classes, test on the novel ones, write the results."""
 
 import logging
 import time
@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 
 
 def train_and_test(cfg: DictConfig, folder: Path) -> float:
-    """Leaves the results in `folder`; returns the best validation mIoU in percent, NaN without a validation."""
-    loggers = make_loggers(cfg, folder)  # first, so that W&B shows a job that fails in what follows
+    """Writes the results to `folder`; returns the best validation mIoU in percent, NaN without validation."""
+    loggers = make_loggers(cfg, folder)  # first, so that W&B also shows a job that fails below
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     network, start = build(cfg, folder)
     data: FewShotDataModule = instantiate(cfg.episodes)
     network.check_sides(data.image_size)
     network.check_shots(data.shot)
     if cfg.fold.index == "all" and data.same:
-        log.warning("fold=all: every class is trained on, so the tested classes are not novel.")
+        log.warning("fold=all trains on every class, so the tested classes are not novel.")
     data.setup("test" if cfg.mode == "test" else "fit")
     floors = {name: instantiate(floor, backbone=network.backbone) for name, floor in (cfg.floors or {}).items()}
     module = FewShotModule(
@@ -78,7 +78,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
 
 
 def build(cfg: DictConfig, folder: Path) -> tuple[Method, Checkpoint | None]:
-    """The network, and the checkpoint that it is tested with or starts from, which fits; both before data is read."""
+    """The network, and the matching checkpoint that it is tested with or starts from; needs no data."""
     start = None
     if cfg.mode == "train":
         start = checkpoints.to_start_from(cfg.ckpt, folder, cfg.resume or was_requeued())
@@ -102,7 +102,7 @@ def equip(backbone: Backbone, options: DictConfig) -> None:
 def train(
     cfg: DictConfig, folder: Path, trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule
 ) -> Checkpoint:
-    """Trains, or finds the training that another run has finished; returns the checkpoint to test."""
+    """Trains, or reuses the same training of another run; returns the checkpoint to test."""
     resume = cfg.resume or was_requeued()
     interrupted = checkpoints.in_run(folder, "last") if resume else None
     if interrupted:
@@ -111,7 +111,7 @@ def train(
     shape = trainings.shape(cfg, data, module.network, trainer.world_size)
     with trainings.claim(store, folder, shape, resume, partial(leave_if_asked, trainer)) as trained:
         if trained is None:
-            start = checkpoints.to_start_from(cfg.ckpt, folder, True)  # again: another run's may have been taken over
+            start = checkpoints.to_start_from(cfg.ckpt, folder, True)  # again: `claim` may have copied checkpoints
             if start:
                 log.info("Resuming from %s", start.path)
             trainer.fit(module, data, ckpt_path=start.path if start else None, weights_only=True)
@@ -119,9 +119,9 @@ def train(
             log.info("Already trained in %s; its weights are reused (reuse=false trains again)", trained)
     best = checkpoints.trained_in(trained or folder)
     if best.path.stem == "last":
-        log.warning("The training ended before its first validation: the last state of the network is tested.")
+        log.warning("The training ended before its first validation; the last checkpoint is tested.")
     best.check_network(module.network)
-    best.check_training(module.record)  # a training that ended before its first validation may have an older best
+    best.check_training(module.record)  # best.ckpt may be older if this training ended before its first validation
     return best
 
 

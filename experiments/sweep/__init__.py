@@ -1,4 +1,4 @@
-"""Many runs: their jobs, the trainings they share, clusters, and the summary at the end."""
+"""Sweeps: jobs, shared trainings, Slurm, and the summary at the end."""
 
 from experiments.sweep.jobs import Sweep
 

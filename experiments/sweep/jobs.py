@@ -1,4 +1,4 @@
-"""A multirun: each job alone in a process, a failure reported and passed over, and at the end a summary of all."""
+"""Sweeps (multiruns): each job in its own process, a failure stops no other job, a report at the end."""
 
 import ctypes
 import logging
@@ -35,7 +35,7 @@ RUN = Path(__file__).parents[2] / "run.py"
 
 
 class Sweep(Callback):
-    """Writes down what a sweep is to do, and at its end, whatever that is, what came of it."""
+    """Writes the plan of a sweep when it starts and a report when it ends, even if it is interrupted."""
 
     under_way: "Sweep | None" = None
 
@@ -45,7 +45,7 @@ class Sweep(Callback):
         if self.slurm:
             try:
                 why = slurm.refusal(config.hydra.launcher)
-            except OmegaConfBaseException as error:  # Hydra would warn of it and go on
+            except OmegaConfBaseException as error:  # Hydra would only warn and continue
                 why = f"{str(error).splitlines()[0]} See conf/launcher/slurm.yaml."
             if why:
                 stop(why)
@@ -58,29 +58,27 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             failed = self.end()
-        except Exception:  # Hydra would warn of it and end well
+        except Exception:  # Hydra would only warn and exit with code 0
             traceback.print_exc()
-            stop(f"The jobs have ended, but not the report on them: python -m experiments.report {self.folder}")
+            stop(f"The jobs have ended, but the report failed. Try again: python -m experiments.report {self.folder}")
         if failed:
             sys.exit(1)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         if on_slurm(config):
-            stop(
-                "launcher=slurm sends the jobs of a sweep: add -m, for a single run too. Without it, it would run here."
-            )
+            stop("launcher=slurm submits the jobs of a sweep. Add -m, even for a single run.")
 
     def end(self, wait: bool = True) -> int:
-        """Reports what came of the jobs, and returns how many did not finish.
+        """Reports on the jobs and returns how many did not finish.
 
         Args:
-            wait: for jobs of Slurm that are still to come.
+            wait: whether to wait for Slurm jobs that are still queued or running.
         """
         from experiments.sweep.summary import sum_up  # torch, wandb and matplotlib take seconds to import
 
         Sweep.under_way = None
         if self.slurm and wait:
-            slurm.wait_for_the_rest(self.folder)
+            slurm.wait_for_jobs(self.folder)
         return sum_up(self.folder, self.config)
 
 
@@ -89,7 +87,7 @@ def on_slurm(config: Any) -> bool:
 
 
 def planned(config: DictConfig) -> list[dict[str, Any]] | None:
-    """The overrides of every job, in order; None where a search chooses them as it goes."""
+    """The overrides of every job, in order; None if a search chooses them while it runs."""
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return None
     always = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
@@ -109,17 +107,17 @@ def is_sweep_job() -> bool:
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
-def belongs_in_a_process_of_its_own() -> bool:
-    """Where Hydra runs the jobs of a sweep in processes that other jobs use too: everywhere but on Slurm."""
+def needs_own_process() -> bool:
+    """Whether this is a job of a sweep that Hydra runs in a process shared by several jobs: not so on Slurm."""
     hydra = HydraConfig.get()
     return hydra.mode is RunMode.MULTIRUN and not on_slurm(HydraConfig.instance().cfg)
 
 
 def run_alone(cfg: DictConfig) -> float:
-    """Runs this job as `python run.py <its overrides>`, so that it leaves nothing to the next, not even by a crash.
+    """Runs this job as `python run.py <its overrides>`, so that nothing, not even a crash, affects the next job.
 
     Returns:
-        What the sweep may optimise: validation mIoU in percent; NaN where the job failed.
+        The score that a search optimises: validation mIoU in percent; NaN if the job failed.
     """
     hydra = HydraConfig.get()
     folder, number = Path(hydra.runtime.output_dir), hydra.job.num
@@ -128,56 +126,57 @@ def run_alone(cfg: DictConfig) -> float:
     command += [f"{key}={quoted(str(value))}" for key, value in given.items()]
     in_turn = hydra.launcher._target_.endswith("BasicLauncher")
     with ExitStack() as stack:
-        free = {} if in_turn else stack.enter_context(gpus_of_its_own(cfg.trainer.accelerator, cfg.trainer.devices))
+        free = {} if in_turn else stack.enter_context(reserved_gpus(cfg.trainer.accelerator, cfg.trainer.devices))
         output = None if in_turn else stack.enter_context((folder / "output.txt").open("a"))
         done = subprocess.run(command, env=os.environ | free, stdout=output, stderr=output, check=False)
     if done.returncode or not (folder / "results.json").exists():
         if not (folder / "failure.json").exists():
-            write_json(folder / "failure.json", {"error": broken_off(done.returncode), "traceback": None})
+            write_json(folder / "failure.json", {"error": exit_message(done.returncode), "traceback": None})
         log.error("Job %d failed: %s", number, read_json(folder / "failure.json")["error"])
-        return passed_over(read_json(folder / "failure.json")["error"])
+        return failed_score(read_json(folder / "failure.json")["error"])
     record = read_json(folder / "results.json")
     if not in_turn and "test" in record:
-        log.info("Job %d has finished: mIoU %.1f, %s", number, record["test"]["miou"], folder)
+        log.info("Job %d finished: mIoU %.1f, %s", number, record["test"]["miou"], folder)
     score = record.get("checkpoint", {}).get("val_miou")
     return float("nan") if score is None else score
 
 
-def passed_over(error: str) -> float:
-    """What a failed job returns: NaN; to a search, which would take that for a score, the error."""
+def failed_score(error: str) -> float:
+    """NaN for a failed job. A search would take NaN for a score, so there it raises UserError instead."""
     if HydraConfig.get().sweeper._target_.endswith("BasicSweeper"):
         return float("nan")
     raise UserError(error)
 
 
 def config_flags() -> list[str]:
-    """The flags that chose another config than this project's own."""
+    """The flags that select the config, as the sweep was given them."""
     hydra = HydraConfig.get()
     added = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
     return [*added, f"--config-name={hydra.job.config_name}"]
 
 
 def quoted(value: str) -> str:
-    """As a value in Hydra's grammar."""
+    """Quoted for Hydra's override grammar."""
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def broken_off(code: int) -> str:
+def exit_message(code: int) -> str:
+    """What happened to a process that ended without a message of its own."""
     if code < 0:
         name = signal.Signals(-code).name
-        return f"The process was ended by {name}" + (" (out of memory?)." if name == "SIGKILL" else ".")
-    return f"The process ended with exit code {code} and left no results."
+        return f"The process was killed by {name}" + (" (out of memory?)." if name == "SIGKILL" else ".")
+    return f"The process exited with code {code} and wrote no results."
 
 
 def end_with_parent() -> None:
-    """Has the kernel end this process when the one that started it is gone, even if that was killed."""
+    """Makes the kernel end this process when its parent ends, even if the parent is killed (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 @contextmanager
-def gpus_of_its_own(accelerator: str, devices: Any) -> Iterator[dict[str, str]]:
-    """The environment that shows a job only GPUs which no other job on this machine has; waits until there are."""
+def reserved_gpus(accelerator: str, devices: Any) -> Iterator[dict[str, str]]:
+    """Reserves GPUs for a job, waiting until enough are free; yields the environment that hides all others from it."""
     if accelerator == "cpu":
         yield {}
         return
@@ -187,7 +186,7 @@ def gpus_of_its_own(accelerator: str, devices: Any) -> Iterator[dict[str, str]]:
     every = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     count = number_of(devices, len(every))
     if not 0 < count <= len(every):
-        yield {}  # the job says what is wrong
+        yield {}  # the Trainer will report the error
         return
     locks = Path(tempfile.gettempdir()) / f"pmnet-gpus-{os.getuid()}"
     with claimed(every, count, locks) as chosen:
@@ -195,7 +194,7 @@ def gpus_of_its_own(accelerator: str, devices: Any) -> Iterator[dict[str, str]]:
 
 
 def number_of(devices: Any, every: int) -> int:
-    """How many devices the Trainer takes `devices` for: a number, "auto", or a list of which."""
+    """How many devices the Trainer uses for `devices`: a number, "auto" or -1 (every one), or a list of indices."""
     if isinstance(devices, str) and devices.lstrip("-").isdecimal():
         devices = int(devices)
     if devices in (-1, "auto"):
@@ -205,7 +204,7 @@ def number_of(devices: Any, every: int) -> int:
 
 @contextmanager
 def claimed(names: Sequence[str], count: int, locks: Path) -> Iterator[list[str]]:
-    """Holds `count` of the names by lock files. One claims at a time, lest two wait for what the other has."""
+    """Holds lock files for `count` of the names. Processes choose one after the other, which prevents deadlocks."""
     locks.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         chosen: list[str] = []
@@ -213,14 +212,15 @@ def claimed(names: Sequence[str], count: int, locks: Path) -> Iterator[list[str]
             while len(chosen) < count:
                 for name in names:
                     lock = FileLock(locks / f"{name}.lock")
-                    if len(chosen) < count and name not in chosen and taken(lock):
+                    if len(chosen) < count and name not in chosen and acquired(lock):
                         stack.callback(lock.release)
                         chosen.append(name)
                 time.sleep(0.05)
         yield chosen
 
 
-def taken(lock: BaseFileLock) -> bool:
+def acquired(lock: BaseFileLock) -> bool:
+    """Acquires the lock without waiting; False if another process holds it."""
     try:
         lock.acquire(timeout=0)
     except Timeout:

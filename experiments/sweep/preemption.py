@@ -1,4 +1,4 @@
-"""Slurm takes a job's place away, by preemption or time limit: the job saves, and goes on when it is started again."""
+"""Preemption and time limits under Slurm: the job saves a checkpoint, is queued again and resumes."""
 
 import logging
 import os
@@ -18,23 +18,24 @@ from omegaconf import DictConfig
 from experiments.errors import UserError
 from experiments.loggers import WandbLogger
 from experiments.run.processes import is_first
-from experiments.sweep.trainings import will_be_back
+from experiments.sweep.trainings import keep_training
 
 log = logging.getLogger(__name__)
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # clusters differ in which one comes before the time limit
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # sent before the time limit; which one depends on the cluster
 
 
 class Requeue(L.Callback):
-    """Saves `checkpoints/last.ckpt` at the end of the batch and leaves.
+    """Saves `checkpoints/last.ckpt` after the current batch and exits when Slurm asks for it.
 
-    After a warning (SIGUSR1, SIGUSR2) the job queues itself again; after SIGTERM it is Slurm that ends it, and that
-    queues it again if it was preempted. The checkpoint is saved between two batches and by all processes at once,
-    which a signal's handler cannot do. In a validation or a test, which repeat in the same way, nothing is saved; but
-    before an epoch's last batch it always is, so that a validation that is cut short does not cost the epoch.
+    After a warning (SIGUSR1, SIGUSR2) the job queues itself again; after SIGTERM, Slurm ends the job and queues it
+    again if it was preempted. The checkpoint is saved between two batches, because all processes have to save together
+    and a signal handler cannot do that. Nothing is saved during validation and test, which can simply be repeated.
+    A checkpoint is always saved before the last batch of an epoch, so that an interrupted validation does not cost the
+    epoch.
     """
 
-    asked = False  # whether this process was asked to leave: errors after that are no failure of the job
-    queue = False  # whether it is to queue the job again
+    asked = False  # whether this process was asked to exit; errors after that are not failures of the job
+    queue = False  # whether the job has to queue itself again
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.last = folder, folder / "checkpoints" / "last.ckpt"
@@ -43,25 +44,25 @@ class Requeue(L.Callback):
 
     @staticmethod
     def wanted() -> bool:
-        """Whether this is a step of a batch job of Slurm, which can be queued again."""
+        """Whether this process belongs to a Slurm batch job, which can be queued again."""
         return SLURMEnvironment.job_id() is not None and "SLURM_STEP_ID" in os.environ
 
     @staticmethod
     def was_asked() -> bool:
-        """After an error: whether Slurm ends the job; its signal may reach another process before this one."""
+        """After an error: whether Slurm is ending the job. Waits, as its signal may reach another process first."""
         if Requeue.wanted():
             time.sleep(2)
         return Requeue.asked
 
     @staticmethod
     def take_note(number: int, frame: FrameType | None) -> None:
-        if not Requeue.asked:  # a second signal, as the first goes unheeded for long, changes nothing
+        if not Requeue.asked:  # later signals change nothing
             Requeue.queue = number in WARNINGS
         Requeue.asked = True
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the signal ends processes that read images, too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader workers get the signal too and exit
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self.take_note)  # in place of the Trainer's
+        signal.signal(signal.SIGTERM, self.take_note)  # replaces the Trainer's handler
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         signal.signal(signal.SIGTERM, self.take_note)
@@ -83,36 +84,36 @@ class Requeue(L.Callback):
         self.leave_if_asked(trainer, f"before epoch {trainer.current_epoch + 1}")
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.leave_if_asked(trainer, "in a validation")
+        self.leave_if_asked(trainer, "during validation")
 
     def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.leave_if_asked(trainer, "in a test")
+        self.leave_if_asked(trainer, "during the test")
 
     def leave_if_asked(self, trainer: L.Trainer, where: str) -> None:
-        if Requeue.asked and trainer.is_global_zero:  # Slurm ends the others
+        if Requeue.asked and trainer.is_global_zero:  # Slurm ends the other processes
             self.leave(trainer, where)
 
     def leave(self, trainer: L.Trainer, where: str) -> NoReturn:
-        """Ends at once: what a process would tidy up, Slurm is taking away."""
+        """Exits at once, without clean-up: Slurm removes the whole job."""
         for number in (*WARNINGS, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         if trainer.is_global_zero:
-            log.info("Slurm wants this job's place: %s.", where)
+            log.info("Slurm is ending this job: %s.", where)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.leave()
             if Requeue.queue:
-                will_be_back(self.folder)
+                keep_training(self.folder)
                 requeue()
         logging.shutdown()
         os._exit(1)
 
 
 def slurm_callbacks(trainer: DictConfig, folder: Path) -> list[L.Callback]:
-    """What a job under Slurm needs; nothing elsewhere.
+    """The callbacks of a job under Slurm; none elsewhere.
 
     Raises:
-        UserError: Slurm started another number of processes than the Trainer is to have.
+        UserError: the Trainer's number of devices or nodes is not what Slurm started.
     """
     if not Requeue.wanted():
         return []
@@ -120,27 +121,28 @@ def slurm_callbacks(trainer: DictConfig, folder: Path) -> list[L.Callback]:
         have, want = os.environ.get(variable), trainer[name]
         if have is not None and str(want) != have:
             raise UserError(
-                f"Slurm gave this job {variable}={have}, but trainer.{name}={want}. They follow from launcher.devices "
-                "and launcher.nodes, which hold for the whole sweep: start a sweep for each number of devices."
+                f"Slurm started this job with {variable}={have}, but trainer.{name}={want}. Set launcher.devices and "
+                "launcher.nodes instead; they apply to the whole sweep, so start one sweep for each number of devices."
             )
     return [Requeue(folder)]
 
 
 def leave_if_asked(trainer: L.Trainer) -> None:
-    """For a job that waits for another's training."""
+    """Exits if Slurm asked for it, while this job waits for another job's training."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Requeue):
-            callback.leave_if_asked(trainer, "waiting for another's training")
+            callback.leave_if_asked(trainer, "while waiting for another job's training")
 
 
 def leave_after_error() -> NoReturn:
+    """Exits after an error that Slurm's signal caused, and queues the job again after a warning."""
     if Requeue.queue and is_first():
         requeue()
     sys.exit(1)
 
 
 def was_requeued() -> bool:
-    """Whether this job began earlier, in the same folder, and lost its place."""
+    """Whether Slurm started this job before, in the same folder."""
     return Requeue.wanted() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
@@ -149,4 +151,4 @@ def requeue() -> None:
     job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
-        log.error("Slurm does not queue this job again (%s). Start it anew to go on.", done.stderr.strip())
+        log.error("Slurm did not requeue this job (%s). Start it again to resume.", done.stderr.strip())

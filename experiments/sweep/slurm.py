@@ -1,4 +1,4 @@
-"""What a sweep asks Slurm: whether it takes the jobs, and what has become of them."""
+"""Queries to Slurm: whether it accepts a sweep's jobs, and what state they are in."""
 
 import shutil
 import subprocess
@@ -13,10 +13,10 @@ OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 
 
 def refusal(launcher: DictConfig) -> str | None:
-    """Why Slurm would not take the jobs, as sbatch says of one like them without queueing it."""
+    """Why Slurm would reject the sweep's jobs, by `sbatch --test-only`; None if it accepts them."""
     if not shutil.which("sbatch"):
         return (
-            "launcher=slurm needs Slurm, and there is no sbatch on PATH. Start the sweep on a login node of the "
+            "launcher=slurm needs Slurm, but there is no sbatch on PATH. Start the sweep on a login node of the "
             "cluster, or choose launcher=basic or launcher=parallel."
         )
     options = {"ntasks-per-node": launcher.tasks_per_node, "time": launcher.timeout_min}
@@ -32,24 +32,24 @@ def refusal(launcher: DictConfig) -> str | None:
     partitions = subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True, check=False).stdout.split()
     said = " ".join(tried.stderr.split()).removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
     return (
-        f"Slurm does not take these jobs: {said} ({' '.join(flags)}). The partitions here: "
-        f"{', '.join(partitions) or 'none was named'}. See launcher.partition, launcher.devices, launcher.time and "
-        "the others in conf/launcher/slurm.yaml."
+        f"Slurm rejects these jobs: {said} ({' '.join(flags)}). Available partitions: "
+        f"{', '.join(partitions) or 'none listed'}. Change launcher.partition, launcher.devices, launcher.time or "
+        "another option of conf/launcher/slurm.yaml."
     )
 
 
 class QueueWatcher(SlurmInfoWatcher):
-    """Asks the queue for the states of jobs, where submitit asks the accounting, which not every cluster has."""
+    """Reads job states from squeue instead of submitit's sacct, which not every cluster has."""
 
     def _make_command(self) -> list[str] | None:
         waiting = self._registered - self._finished
         return ["squeue", "--me", "--noheader", "--states=all", "--array", "--format=%i|%T|%N"] if waiting else None
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        """State by job id; a job that the queue has forgotten is over."""
+        """Job id -> state. A job that squeue no longer lists has ended."""
         lines = string if isinstance(string, str) else string.decode()
         known = super().read_info(f"JobID|State|NodeList\n{lines}")
-        for info in known.values():  # CONFIGURING, SUSPENDED, ...: submitit takes what it does not know for the end
+        for info in known.values():  # submitit would take unknown states, as CONFIGURING or SUSPENDED, for the end
             if info["State"] not in OVER | {"PENDING"}:
                 info["State"] = "RUNNING"
         return {job: {"State": "FORGOTTEN"} for job in self._registered} | known
@@ -59,8 +59,8 @@ def watch_the_queue() -> None:
     SlurmJob.watcher = QueueWatcher(delay_s=10)
 
 
-def wait_for_the_rest(folder: Path) -> None:
-    """Waits for the jobs that are still queued or running after another broke off (out of memory, say)."""
+def wait_for_jobs(folder: Path) -> None:
+    """Waits for jobs that are still queued or running, e.g. after another one ran out of memory."""
     for job in sorted((folder / ".submitit").glob("*_*")):
         if job.is_dir():
             SlurmJob(folder=job, job_id=job.name).wait()

@@ -1,4 +1,4 @@
-"""What a sweep leaves at its end: a report of its jobs, and a run in W&B that holds their means."""
+"""The end of a sweep: a report on its jobs, and a W&B run with their means."""
 
 import statistics
 from pathlib import Path
@@ -16,14 +16,14 @@ from experiments.report.tables import Benchmark, Series, mean_of, number_columns
 
 
 def sum_up(folder: Path, cfg: DictConfig) -> int:
-    """Reports on a sweep; returns how many of its jobs did not finish."""
+    """Writes the report on a sweep; returns how many of its jobs did not finish."""
     try:
         found = collect([folder])
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(escape(str(error)), highlight=False)
         return 1
     if all(job.state == "not started" for job in found.jobs):
-        return len(found.jobs)  # what kept them from it has been told
+        return len(found.jobs)  # the error that stopped them was shown before
     benchmarks = write(found, folder / "report")
     show(found, benchmarks, folder / "report")
     if str(cfg.logger._target_).endswith("WandbLogger"):
@@ -32,7 +32,10 @@ def sum_up(folder: Path, cfg: DictConfig) -> int:
 
 
 def log_summary(folder: Path, cfg: DictConfig, benchmarks: list[Benchmark], state: list[str]) -> None:
-    """One W&B run: a table with a row a configuration and shot, its means as summary, figures and the page."""
+    """Logs a sweep as one W&B run: a table of folds, means as the run's summary, figures and the HTML page.
+
+    The table has one row for each configuration and shot, then one for each baseline and shot.
+    """
     import wandb
 
     from experiments.loggers import WandbLogger
@@ -40,7 +43,8 @@ def log_summary(folder: Path, cfg: DictConfig, benchmarks: list[Benchmark], stat
     options = cast(dict[str, Any], OmegaConf.to_container(cfg.logger, resolve=False))
     for name in ("_target_", "name", "group", "job_type", "tags", "save_dir", "checkpoint"):
         options.pop(name, None)
-    rows = [line for b in benchmarks for s in b.series for shot in b.shots if (line := row(b, s, shot))]
+    settings = [(b, s, shot) for b in benchmarks for s in (*b.series, *b.baselines) for shot in b.shots]
+    rows = [line for setting in settings if (line := row(*setting))]
     folds = list(dict.fromkeys(f"{fold}" for b in benchmarks for k, fold in number_columns(b)[0] if fold != "mean"))
     numbers = [*(f"fold {f}" for f in folds), "miou", *(f"fold {f}, fb_iou" for f in folds), "fb_iou"]
     columns: list[str | int] = ["task", "dataset", "target", "backbone", "row", "shot", *numbers]
@@ -70,7 +74,7 @@ def log_summary(folder: Path, cfg: DictConfig, benchmarks: list[Benchmark], stat
 
 
 def row(b: Benchmark, s: Series, shot: int) -> dict[str, Any]:
-    """A line of the table: mIoU of each fold, and the means over folds, None where folds are missing."""
+    """A row of the table: the scores of each fold and their means, None if folds are missing; {} without runs."""
     if not any(k == shot for k, _ in s.runs):
         return {}
     line: dict[str, Any] = {"task": b.task, "dataset": b.dataset, "target": b.target, "backbone": b.backbone}

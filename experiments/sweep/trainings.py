@@ -1,7 +1,8 @@
-"""Train once: jobs that differ only in what they test share one training.
+"""Shared trainings: jobs that differ only in what they test train once.
 
-`trainings/<fingerprint>.json` names the run that trains, or trained, a setting; a lock beside it makes every other
-job of that setting wait. The checkpoints stay in that run's folder, whose `training.json` says whether it finished.
+`trainings/<fingerprint>.json` names the run that trains, or has trained, a setting. A lock file beside it makes other
+jobs with the same setting wait. The checkpoints stay in that run's folder, whose `training.json` says whether the
+training has finished.
 """
 
 import hashlib
@@ -29,18 +30,18 @@ from experiments.run.results import commit
 from pmnet.methods import Method
 
 log = logging.getLogger(__name__)
-ABSENCE = 600  # seconds for which a training is kept for the job that Slurm is about to start again
-MACHINE = {  # of trainer
+ABSENCE = 600  # seconds for which a training is reserved for its job that Slurm is going to restart
+MACHINE = {  # options of the trainer that do not affect the weights
     *("_target_", "accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
     *("cache", "channels_last", "compile"),
 }
-PLACES = {"root", "splits"}  # of a dataset: its files' content counts, not where they lie
+PLACES = {"root", "splits"}  # paths of a dataset: only the content of its files affects the weights
 
 
 def shape(cfg: DictConfig, data: FewShotDataModule, network: Method, processes: int) -> dict[str, Any]:
-    """All that shapes the weights a training ends with, as plain values; not what is tested, nor on what machine.
+    """Everything that affects the trained weights, as plain values; not what is tested or the machine.
 
-    The number of processes is in it, as each normalises its own part of a batch.
+    The number of processes is included because batch normalisation is computed by each process on its part of a batch.
     """
 
     def plain(node: str, without: set[str] | None = None) -> Any:
@@ -61,7 +62,7 @@ def shape(cfg: DictConfig, data: FewShotDataModule, network: Method, processes: 
 
 
 def code() -> str:
-    """sha256 of the sources of the network and of the episodes."""
+    """sha256 of the source files of the packages `pmnet` and `datamodules`."""
     total = hashlib.sha256()
     for package in (pmnet, datamodules):
         root = Path(str(package.__file__)).parent
@@ -74,24 +75,25 @@ def code() -> str:
 def claim(
     store: Path | None, folder: Path, shape: dict[str, Any], resume: bool, waiting: Callable[[], None] = lambda: None
 ) -> Iterator[Path | None]:
-    """Yields the run whose finished training of this shape is to be tested, or None where this job is to train.
+    """Yields the folder of a run that has finished the same training, or None if this job has to train.
 
-    While this job trains it holds the shape's lock, and its training counts as finished when the block ends without
-    an error. A training of this shape that was interrupted in another folder is gone on with in this one. Of the
-    processes of one job the first decides; the others read its decision in `folder/training.json`.
+    If another job is training the same setting, this one waits. While this job trains, it holds the lock; its training
+    counts as finished when the block ends without an error. A training that was interrupted in another folder is copied
+    to this one and resumed. The first process of a job decides; the others read its decision in `folder/training.json`.
 
     Args:
-        store: folder of the locks and names; None shares nothing.
-        folder: of this run.
-        resume: whether anything earlier is looked at.
+        store: folder of the lock files and run names; None shares no training.
+        folder: this run's folder.
+        shape: what affects the weights, from `shape`.
+        resume: whether earlier trainings may be resumed or reused.
         waiting: called once a second while another job trains.
     """
     if not is_first():
-        yield decision_of_the_first(folder)
+        yield decision_of_first(folder)
         return
     fingerprint = json_hash(shape)
     record = {"attempt": attempt(), "run": str(folder.absolute()), "fingerprint": fingerprint, "commit": commit()}
-    if store is None or (resume and holds_another(folder, fingerprint)):
+    if store is None or (resume and continues_another(folder, fingerprint)):
         with marked(folder, record | {"fingerprint": None, "shape": shape}):
             yield None
         return
@@ -101,11 +103,11 @@ def claim(
         done = resume and is_finished(run, fingerprint)
         if done:
             if run != folder.absolute():
-                put_aside(folder)  # what this job had itself trained of it before another went on with that
+                put_aside(folder)  # this job's own part of the training, which another job has finished
             write_json(folder / "training.json", read_json(run / "training.json") | {"attempt": attempt()})
         else:
             if resume and not in_run(folder, "last"):
-                take_over(run, folder, fingerprint)
+                copy_interrupted(run, folder, fingerprint)
             write_json(entry, {"run": str(folder.absolute())})
             with marked(folder, record | {"shape": shape}):
                 yield None
@@ -115,15 +117,15 @@ def claim(
 
 @contextmanager
 def locked(entry: Path, folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds the lock beside `entry`; it is the kernel's, so that a killed job's is free at once."""
+    """Holds the lock file beside `entry`. The kernel releases it at once if the job is killed."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(entry.with_suffix(".lock"))
-    told = False
+    logged = False
     while not acquired(lock, entry, folder):
-        if not told:
+        if not logged:
             run = read_json(entry).get("run", "another job")
-            log.info("Waiting for the same training, which is under way in %s", run)
-        told = True
+            log.info("Waiting for the same training, which is running in %s", run)
+        logged = True
         waiting()
         time.sleep(1)
     try:
@@ -133,7 +135,7 @@ def locked(entry: Path, folder: Path, waiting: Callable[[], None]) -> Iterator[N
 
 
 def acquired(lock: BaseFileLock, entry: Path, folder: Path) -> bool:
-    """Takes the lock, unless it is another's or kept for one that will be back."""
+    """Acquires the lock; False if another job holds it or the training is reserved for a job that Slurm restarts."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -145,8 +147,8 @@ def acquired(lock: BaseFileLock, entry: Path, folder: Path) -> bool:
     return True
 
 
-def will_be_back(folder: Path) -> None:
-    """Keeps the training of a job that Slurm starts again from those that wait for it."""
+def keep_training(folder: Path) -> None:
+    """Reserves the training in this folder for its own job, which Slurm is going to restart, for `ABSENCE` seconds."""
     training = read_json(folder / "training.json")
     if training.get("run") == str(folder.absolute()) and not training["finished"]:
         write_json(folder / "training.json", training | {"back_by": time.time() + ABSENCE})
@@ -154,7 +156,7 @@ def will_be_back(folder: Path) -> None:
 
 @contextmanager
 def marked(folder: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Says in `training.json` that this folder trains, and at the end that it is done."""
+    """Writes `training.json`: not finished at the start of the block, finished at its end."""
     write_json(folder / "training.json", record | {"finished": False})
     yield
     write_json(folder / "training.json", record | {"finished": True})
@@ -166,19 +168,19 @@ def is_finished(run: Path, fingerprint: str) -> bool:
     return training.get("fingerprint") == fingerprint and training["finished"] and kept is not None
 
 
-def holds_another(folder: Path, fingerprint: str) -> bool:
-    """Whether a training of another shape is gone on with, say one of fewer epochs: its end is of neither shape."""
-    begun = in_run(folder, "last")
-    return begun is not None and read_json(folder / "training.json").get("fingerprint") != fingerprint
+def continues_another(folder: Path, fingerprint: str) -> bool:
+    """Whether this folder resumes a training of another shape, e.g. of fewer epochs; the result is of neither shape."""
+    last = in_run(folder, "last")
+    return last is not None and read_json(folder / "training.json").get("fingerprint") != fingerprint
 
 
-def take_over(run: Path, folder: Path, fingerprint: str) -> None:
-    """Copies the checkpoints and curves of a training that was interrupted in the folder `run`."""
+def copy_interrupted(run: Path, folder: Path, fingerprint: str) -> None:
+    """Copies checkpoints and metrics of the same training from the folder `run`, where it was interrupted."""
     if read_json(run / "training.json").get("fingerprint") != fingerprint or not in_run(run, "last"):
         return
-    log.info("Going on with the training that was interrupted in %s", run)
+    log.info("Resuming the training that was interrupted in %s", run)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for path in sorted(run.glob("checkpoints/*.ckpt")):  # last.ckpt comes last: without it nothing is gone on with
+    for path in sorted(run.glob("checkpoints/*.ckpt")):  # last.ckpt is copied last, as resuming needs it
         part = folder / "checkpoints" / f"{path.name}.part"
         shutil.copy(path, part)
         os.replace(part, folder / "checkpoints" / path.name)
@@ -186,8 +188,8 @@ def take_over(run: Path, folder: Path, fingerprint: str) -> None:
         shutil.copy(path, folder / f"metrics-of-{run.name}{path.stem.removeprefix('metrics')}.csv")
 
 
-def decision_of_the_first(folder: Path) -> Path | None:
-    """What the job's first process decided in this attempt, once it has; it may wait long for another's training."""
+def decision_of_first(folder: Path) -> Path | None:
+    """Waits for the decision of the job's first process in this attempt; that may take as long as another training."""
     while (training := read_json(folder / "training.json")).get("attempt") != attempt():
         failure = read_json(folder / "failure.json")
         if failure.get("attempt") == attempt():
@@ -197,11 +199,11 @@ def decision_of_the_first(folder: Path) -> Path | None:
 
 
 def attempt() -> str:
-    """Names this start of the job, the same in all its processes and another after a requeue."""
+    """An id of this start of the job: the same in all its processes, another after a requeue."""
     get = os.environ.get
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = os.getppid() if get("GROUP_WORLD_SIZE") == "1" else ""  # a process of each node
+        launcher = os.getppid() if get("GROUP_WORLD_SIZE") == "1" else ""  # each node has its own parent process
         return f"torchrun {get('TORCHELASTIC_RUN_ID')} {launcher} {get('TORCHELASTIC_RESTART_COUNT')}"
     if processes_of_slurm() > 1:
         return f"slurm {get('SLURM_JOB_ID')} {get('SLURM_STEP_ID')} {get('SLURM_RESTART_COUNT', 0)}"
-    return f"process {os.getpid() if is_first() else os.getppid()}"  # the first starts the others
+    return f"process {os.getpid() if is_first() else os.getppid()}"  # the first process starts the others

@@ -1,4 +1,4 @@
-"""A W&B that cannot be reached, that refuses, or that breaks: the training goes on, and says so once."""
+"""If W&B cannot be reached, rejects the key or fails, the training continues and logs one warning."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.loggers import WandbLogger, finish
 from tests.conftest import ROOT, TINY, command, results, run
 from tests.wandb_files import runs_in
 
@@ -21,7 +22,7 @@ KEY = "0123456789" * 4
 
 
 class Refusal(BaseHTTPRequestHandler):
-    """Answers as a server that does not know the key."""
+    """Answers like a server that does not know the key."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -43,7 +44,7 @@ def refusing() -> Iterator[str]:
 
 
 class Acceptance(BaseHTTPRequestHandler):
-    """Answers what wandb asks before it takes a server for one: who is there, and that a run has begun."""
+    """Answers the requests by which wandb checks a server: the user, and the start of a run."""
 
     protocol_version = "HTTP/1.1"
 
@@ -110,6 +111,26 @@ def test_wandb_that_is_turned_off_stays_off(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "W&B" not in done.stdout + done.stderr
     assert not list((tmp_path / "run").rglob("*.wandb"))
+
+
+def test_summary_has_the_baselines_even_if_nothing_was_trained(tmp_path: Path) -> None:
+    """The record of a method that learns nothing has empty "training" and "checkpoint"."""
+    scores = {"miou": 31.5, "fb_iou": 52.25, "iou_per_class": {"cat": 31.5}}
+    baselines = {"all_foreground": {**scores, "miou": 20.0}, "nearest": {**scores, "fb_iou": 60.5}}
+    record = {"setting": {}, "test": scores, "baselines": baselines, "training": {}, "checkpoint": {}}
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    logger = WandbLogger(str(tmp_path), offline=True, checkpoint=True, project="pmnet")
+    logger.log_results(record, tmp_path)
+    finish(0)
+    assert not logger.failed
+    (run,) = runs_in(tmp_path)
+    logged = {name: value for name, value in run.summary.items() if name.startswith("test/")}
+    assert logged == {
+        "test/miou": 31.5, "test/fb_iou": 52.25, "test/iou/cat": 31.5,
+        "test/baselines/all_foreground/miou": 20.0, "test/baselines/all_foreground/fb_iou": 52.25,
+        "test/baselines/nearest/miou": 31.5, "test/baselines/nearest/fb_iou": 60.5,
+    }  # fmt: skip
+    assert not run.artifacts
 
 
 def run_with(tmp_path: Path, **environment: str):

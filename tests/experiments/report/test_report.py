@@ -1,4 +1,4 @@
-"""The report of runs whose results are written by the test: every number is known beforehand."""
+"""Reports on runs whose results are written by the test, so that every number is known."""
 
 import base64
 import copy
@@ -24,7 +24,7 @@ from experiments.errors import UserError
 from experiments.report.collect import collect, from_wandb
 from experiments.report.figures import curves, read_curves
 from experiments.report.page import missing, panels, write
-from experiments.report.tables import benchmarks, fb_iou, latex, markdown, miou, per_class, rich_tables
+from experiments.report.tables import benchmarks, fb_iou, latex, markdown, miou, per_class, rich_tables, same_name
 from tests.conftest import ROOT, run_module
 
 PUBLISHED = OmegaConf.to_container(OmegaConf.load(ROOT / "experiments" / "published.yaml"))
@@ -139,7 +139,157 @@ def test_table_has_our_numbers_the_published_ones_and_the_difference(sweep) -> N
     difference = [a - b for a, b in zip(exact, printed["PMNet"][1] + printed["PMNet"][5], strict=True)]
     assert [float(c) for c in rows["against published"][:-1]] == pytest.approx(difference, abs=0.05001)
     assert rows["everything marked as foreground"][:5] == ["20.0"] * 5
+    assert sum(row.kind == "baseline" for row in miou(benchmark).rows) == 1
     assert len(printed) == 11
+
+
+def floors(fold: int, shot: int, **more: float) -> dict[str, dict]:
+    """Baselines as a run records them, with a value for each fold and shot."""
+    values = {"prototype": 30.0 + fold + shot / 10, "nearest": 40.25 + 3 * fold, **more}
+    return {name: {"miou": v, "fb_iou": v + 20, "iou_per_class": {"cat": v}} for name, v in values.items()}
+
+
+def baseline_cells(table) -> dict[str, list[str]]:
+    return {row.cells[0]: row.cells[1:] for row in table.rows if row.kind == "baseline"}
+
+
+def test_every_baseline_has_a_row_in_every_rendering(sweep) -> None:
+    folder, _ = sweep
+    for path in folder.glob("*/results.json"):
+        setting = json.loads(path.read_text())["setting"]
+        alter(path.parent, baselines=floors(setting["fold"], setting["shot"]))
+    _, benchmark = one(folder)
+    names = ["everything marked as foreground", "prototype, training-free", "nearest, training-free"]
+    for table, added in ((miou(benchmark), 0), (fb_iou(benchmark), 20)):
+        rows = baseline_cells(table)
+        assert list(rows) == names
+        for name in ("prototype", "nearest"):
+            expected = []
+            for shot in (1, 5):
+                values = [floors(fold, shot)[name]["miou"] + added for fold in range(4)]
+                expected += [f"{v:.1f}" for v in [*values, sum(values) / 4]]
+            assert rows[f"{name}, training-free"][:10] == expected
+        assert not any(row.best for row in table.rows if row.kind == "baseline")
+    texts = {name: (folder / "report" / name).read_text() for name in ("report.html", "report.md", "report.tex")}
+    texts["csv"] = (folder / "report" / "tables" / "miou-cross_category-pascal-resnet50.csv").read_text()
+    for text in texts.values():
+        assert text.count("prototype, training-free") == (1 if text is texts["csv"] else 2)
+    for line in csv.DictReader(io.StringIO((folder / "report" / "report.csv").read_text())):
+        known = floors(int(line["fold"]), int(line["shot"]))
+        assert float(line["baselines/nearest/fb_iou"]) == known["nearest"]["fb_iou"]
+        assert float(line["baselines/prototype/miou"]) == known["prototype"]["miou"]
+
+
+def test_floors_say_which_weights_where_those_differ(tmp_path: Path) -> None:
+    for fold in range(4):
+        for i, weights in enumerate(("a1h", "v2")):
+            write_run(tmp_path / f"{i}-{fold}", fold)
+            alter(tmp_path / f"{i}-{fold}", backbone={"weights": weights})
+            alter(tmp_path / f"{i}-{fold}", baselines=floors(fold + 10 * i, 1))
+    write_run(tmp_path / "9-old", 0)  # recorded without floors
+    alter(tmp_path / "9-old", backbone={"weights": "old"})
+    rows = baseline_cells(miou(tabled(tmp_path)))
+    assert list(rows) == ["everything marked as foreground"] + [
+        f"{name}, training-free, weights {weights}" for name in ("prototype", "nearest") for weights in ("a1h", "v2")
+    ]
+    assert rows["prototype, training-free, weights v2"][:4] == [f"{40.1 + fold:.1f}" for fold in range(4)]
+    assert rows["everything marked as foreground"][:5] == ["20.0"] * 5
+
+
+def test_an_untrained_network_is_a_baseline_of_its_series_with_its_seeds(tmp_path: Path) -> None:
+    for lr in (0.001, 0.01):
+        for seed, value in enumerate((10.0, 14.0)):
+            write_run(tmp_path / f"{lr}-{seed}", 0, lr=lr, seed=seed)
+            alter(tmp_path / f"{lr}-{seed}", baselines=floors(0, 1, untrained=value + 1000 * lr))
+    rows = baseline_cells(miou(tabled(tmp_path)))
+    for lr in (0.001, 0.01):
+        cell = rows[f"before training, PMNet, ours, optimizer.lr={lr}"][0]
+        assert cell == f"{12 + 1000 * lr:.1f} ± {statistics.stdev([10, 14]):.1f}"
+    assert rows["prototype, training-free"][0] == "30.1", "floors have no seed"
+
+
+def test_floors_that_differ_between_runs_are_noted(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / str(seed), 0, seed=seed)
+        alter(tmp_path / str(seed), baselines=floors(0, 1, prototype=30.0 + seed))
+    table = miou(tabled(tmp_path))
+    assert [note.split(":")[0] for note in table.notes if "the runs differ" in note] == ["prototype, training-free"]
+
+
+def write_training_free(folder: Path, model: str, fold: int, lr: float = 0.001, **change) -> None:
+    """A run of a method that learns nothing: its training and checkpoint are empty."""
+    write_run(folder, fold, lr=lr, model=model, method=model.capitalize(), curves=False)
+    record = json.loads((folder / "results.json").read_text())
+    record |= {"training": {}, "checkpoint": {}, "parameters": {"learnable": 0}} | change
+    record["config"]["model"] = {"_target_": f"pmnet.{model.capitalize()}", "layer": "layer3"}
+    (folder / "results.json").write_text(json.dumps(record))
+
+
+def test_methods_that_learn_nothing_are_rows_without_options_of_training(sweep) -> None:
+    folder, _ = sweep
+    for fold in range(4):
+        write_training_free(folder / f"2{fold}-prototype", "prototype", fold, lr=fold)
+    write_training_free(folder / "30-nearest", "nearest", 0, mode="test")
+    write_run(folder / "40-lr", 0, lr=0.01)
+    found, benchmark = one(folder)
+    assert not missing(found)
+    assert [s.name for s in benchmark.series] == [
+        "PMNet, ours, optimizer.lr=0.001", "Prototype, ours", "Nearest, ours", "PMNet, ours, optimizer.lr=0.01",
+    ]  # fmt: skip
+    rows = cells(markdown(miou(benchmark)))
+    assert rows["Prototype, ours"][3] != "-"
+    assert rows["Prototype, ours"][-1] == "0.00"
+    lines = list(csv.DictReader(io.StringIO((folder / "report" / "report.csv").read_text())))
+    assert [line["method"] for line in lines if not line["trained_by"]] == ["Prototype"] * 4 + ["Nearest"]
+    (legend,) = curves(found).legends
+    assert len(legend.get_texts()) == 9, "one curve for each training"
+
+
+def test_only_methods_that_learn_nothing(tmp_path: Path) -> None:
+    write_training_free(tmp_path / "0", "prototype", 0, baselines=floors(0, 1, untrained=30.1))
+    write_training_free(tmp_path / "1", "prototype", 1, mode="test")
+    found, benchmark = one(tmp_path)
+    assert [s.name for s in benchmark.series] == ["Prototype, ours"]
+    assert not any("before training" in name for name in baseline_cells(miou(benchmark)))
+    assert curves(found) is None
+
+
+def test_each_method_is_compared_with_its_own_published_numbers(sweep) -> None:
+    folder, _ = sweep
+    measured = {}
+    for model, method in (("hsnet", "HSNet"), ("pmnet_release", "PMNet"), ("newer", "Newer")):
+        for fold in range(4):
+            record = write_run(folder / f"{model}-{fold}", fold, 1, {"cat": 50.0 + fold}, model=model, method=method)
+            measured[fold] = record["test"]["miou"]
+    table = miou(tabled(folder))
+    shown = [row for row in table.rows if row.kind in ("ours", "difference")]
+    assert [row.cells[0].strip() for row in shown] == [
+        "PMNet, ours", "against published", "HSNet, ours", "against published",
+        "Newer, ours", "PMNet (release), ours", "against published",
+    ]  # fmt: skip
+    for place, method in ((3, "HSNet"), (6, "PMNet")):
+        (entry,) = [
+            e for e in PUBLISHED
+            if (e["table"], e["dataset"], e["backbone"], e["method"], e["shot"]) == (1, "pascal", "resnet50", method, 1)
+        ]  # fmt: skip
+        expected = [measured[fold] - entry["folds"][fold] for fold in range(4)]
+        expected.append(statistics.mean(measured.values()) - entry["miou"])
+        assert [float(c) for c in shown[place].cells[1:6]] == pytest.approx(expected, abs=0.0501)
+
+
+def test_the_chosen_floors_tell_no_rows_apart(tmp_path: Path) -> None:
+    write_run(tmp_path / "0", 0)
+    write_run(tmp_path / "1", 1)
+    alter(tmp_path / "1", config={"floors": {"prototype": {"layer": "layer3"}}})
+    assert len(tabled(tmp_path).series) == 1
+
+
+@pytest.mark.parametrize(
+    "a, b, same",
+    [("HSNet-HM", "hsnet_hm", True), ("RPMMs", "RPMMS", True), ("VAT", "vat", True), ("VAT", "VAT-HM", False)],
+)
+def test_names_of_a_method(a: str, b: str, same: bool) -> None:
+    assert same_name(a, b) == same
 
 
 def test_best_published_and_best_of_all_are_bold(sweep) -> None:
@@ -210,7 +360,9 @@ def test_partial_sweep_says_what_is_missing(sweep) -> None:
     row = cells(markdown(table))["PMNet, ours"]
     only = records[5, 0]["test"]["miou"]
     assert row[5:10] == [f"{only:.1f}", "-", "-", "-", "-"]
-    assert any(f"1 of 4 folds (without 1, 2, 3); over those it is {only:.1f}" in note for note in table.notes)
+    assert any(
+        f"1 of 4 folds (missing: 1, 2, 3); the mean over the folds found is {only:.1f}" in note for note in table.notes
+    )
     page = (folder / "report" / "report.html").read_text()
     assert "5 finished, 1 failed, 1 unfinished, 1 not started of 8 runs" in page
     assert "The loss is nan." in page
@@ -237,7 +389,7 @@ def test_of_two_runs_of_one_setting_the_newer_counts(sweep) -> None:
     os.utime(folder / "11-again" / "results.json", (2e9, 2e9))
     table = miou(tabled(folder))
     assert cells(markdown(table))["PMNet, ours"][0] == "33.0"
-    assert any(note.startswith("11-again counts, and not 0-") for note in table.notes)
+    assert any(note.startswith("11-again replaces 0-") for note in table.notes)
 
 
 def test_configurations_are_named_by_what_differs(sweep) -> None:
@@ -417,7 +569,7 @@ def test_backbones_taught_for_each_fold_are_one_row(sweep) -> None:
         alter(path.parent, backbone=own, config={"backbone": {"weights": weights}})
     assert list(ours(folder)) == ["PMNet, ours"]
     write_run(folder / "9-a1h", 0, 1, {"cat": 50.0})
-    assert set(ours(folder)) == {"PMNet, ours, weights a1h", "PMNet, ours, weights taught on pascal"}
+    assert set(ours(folder)) == {"PMNet, ours, weights a1h", "PMNet, ours, weights pretrained on pascal"}
 
 
 def test_a_model_is_named_and_what_follows_from_it_is_not(sweep) -> None:
@@ -427,8 +579,11 @@ def test_a_model_is_named_and_what_follows_from_it_is_not(sweep) -> None:
     write_run(folder / "9-dam", 0, 1, {"cat": 50.0}, model="dam")
     alter(folder / "9-dam", config={"model": {"norm": "group", "linear_heads": True}})
     rows = cells(markdown(miou(tabled(folder))))
-    assert {name for name in rows if "ours" in name} == {"PMNet, ours", "DAM, ours"}
-    assert sum(name == "against published" for name in rows) == 1
+    assert {name for name in rows if "ours" in name} == {"PMNet, ours", "dam, ours"}
+    alter(folder / "9-dam", setting={"method": "PMNet"})
+    table = miou(tabled(folder))
+    names = [row.cells[0].strip() for row in table.rows if row.kind in ("ours", "difference")]
+    assert names == ["PMNet, ours", "against published", "PMNet (dam), ours"], "no numbers of DAM are published"
 
 
 def test_two_folders_of_ones_own_are_two_benchmarks(tmp_path: Path) -> None:
@@ -513,7 +668,7 @@ def test_runs_of_a_wandb_group(sweep, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=runs))
     found = from_wandb(["team/pmnet/a/group"], tmp_path / "fetched")
     assert asked == [("team/pmnet", {"group": "a/group"})]
-    assert missing(found) == ["unfinished: run3", "failed: run4: W&B has no results of it, which is crashed"]
+    assert missing(found) == ["unfinished: run3", "failed: run4: W&B has no results of this run (state: crashed)"]
     (benchmark,) = write(found, tmp_path / "report")
     row = cells(markdown(miou(benchmark)))["PMNet, ours"]
     assert row[:4] == [*(f"{records[1, fold]['test']['miou']:.1f}" for fold in range(3)), "-"]
@@ -528,7 +683,7 @@ def test_wandb_that_does_not_answer_is_one_message(tmp_path: Path, monkeypatch: 
         raise wandb.errors.CommError("no connection.")
 
     monkeypatch.setattr(wandb, "Api", fail)
-    with pytest.raises(UserError, match=r"a/b/c: no connection\. Is there a key"):
+    with pytest.raises(UserError, match=r"a/b/c from W&B: no connection\. Check the name and your API key"):
         from_wandb(["a/b/c"], tmp_path)
     with pytest.raises(UserError, match="entity/project/group, not a/b"):
         from_wandb(["a/b"], tmp_path)
@@ -581,8 +736,8 @@ def test_hostile_names_are_shown_as_they_are(sweep) -> None:
     "make, words",
     [
         (lambda path: None, ["There is no folder"]),
-        (lambda path: path.mkdir(), ["No run in", "results.json"]),
-        (lambda path: (path.mkdir(), (path / "results.json").write_text('{"hello": [1, 2]}')), ["No run in"]),
+        (lambda path: path.mkdir(), ["No run found in", "results.json"]),
+        (lambda path: (path.mkdir(), (path / "results.json").write_text('{"hello": [1, 2]}')), ["No run found in"]),
     ],
     ids=["no folder", "empty folder", "files of others"],
 )
@@ -645,7 +800,7 @@ def test_seeds_that_a_mean_is_not_over_are_named(tmp_path: Path) -> None:
             if (seed, fold) != (1, 2):
                 write_run(tmp_path / f"{seed}{fold}", fold, seed=seed)
     (benchmark,) = benchmarks(collect([tmp_path]).tested)
-    note = "PMNet, ours, 1-shot: the mean is over the seeds that have all folds: seed 1 lacks fold 2."
+    note = "PMNet, ours, 1-shot: the mean is over the seeds with all folds (seed 1 lacks fold 2)."
     assert note in benchmark.notes
 
 

@@ -211,7 +211,7 @@ class Malice:
 def test_checkpoints_that_do_not_fit_are_refused(trained: Path, tmp_path: Path) -> None:
     test = [*TINY, "mode=test", f"hydra.run.dir={tmp_path}"]
     refused(run(*test), "mode=test needs", "ckpt=")
-    refused(run(*test, f"ckpt={tmp_path}/none.ckpt"), "none.ckpt", "check ckpt")
+    refused(run(*test, f"ckpt={tmp_path}/none.ckpt"), "none.ckpt", "Check ckpt")
     refused(run(*test, f"ckpt={trained}", "backbone=resnet18", "backbone.weights=none"), "backbone=small")
     refused(run(*test, f"ckpt={trained}", "model.b3dconvs=false"), "another network", "b3dconvs")
 

@@ -106,7 +106,7 @@ def test_preempted_job_ends_as_one_left_alone(tmp_path: Path, left_alone: Path, 
     output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, output
     said = log.read_text()
-    assert re.search(r"Slurm wants this job's place: saved after batch \d+ of epoch [23]", said), said
+    assert re.search(r"Slurm is ending this job: saved after batch \d+ of epoch [23]", said), said
     assert f"Resuming from {last}" in said
     (folder,), (other,) = jobs_of(tmp_path), jobs_of(left_alone)
     assert results(folder)["test"] == results(other)["test"]

@@ -81,6 +81,9 @@ def test_wandb_has_a_run_for_each_job_and_one_for_the_sweep(swept: Path) -> None
         assert r.summary["test/miou"] == test["miou"]
         assert r.summary["test/fb_iou"] == test["fb_iou"]
         assert {c: r.summary[f"test/iou/{c}"] for c in test["iou_per_class"]} == test["iou_per_class"]
+        for name, scores in results(folder)["baselines"].items():
+            for key in ("miou", "fb_iou"):
+                assert r.summary[f"test/baselines/{name}/{key}"] == scores[key]
         assert r.summary["predictions/count"] == 3
         assert "results.json" in r.files
         assert r.artifacts == [("model", f"checkpoint-{r.id}")]
@@ -91,7 +94,37 @@ def test_wandb_has_a_run_for_each_job_and_one_for_the_sweep(swept: Path) -> None
     assert first.axes["val/miou"] == "epoch"
     assert not any("fold" in name or "shot" in name for r in (first, second) for name in r.summary)
     assert "report.html" in summary.files
-    assert summary.summary["folds/nrows"] == 2
+    assert summary.summary["folds/nrows"] == 2 * (1 + 3), "two shots: the method and three baselines"
+
+
+@pytest.mark.slow
+def test_sweep_over_methods_that_learn_nothing_ends_in_a_report(tmp_path: Path) -> None:
+    """Their numbers are those of the training-free baselines of every run."""
+    done = run(
+        "-m", *SETTING, "model=prototype,nearest", "fold=0,1", f"hydra.sweep.dir={tmp_path}",
+        "logger=wandb", "logger.offline=true", "logger.checkpoint=true",
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "W&B failed" not in output
+    records = [results(folder) for folder in jobs_of(tmp_path)]
+    assert [r["setting"]["method"] for r in records] == ["Prototype", "Prototype", "Nearest", "Nearest"]
+    for record in records:
+        assert record["training"] == record["checkpoint"] == {}
+        assert record["test"] == record["baselines"][record["setting"]["model"]]
+    with (tmp_path / "report" / "tables" / "miou-cross_category-synthetic-small.csv").open() as file:
+        rows = {row[0]: row[1:] for row in csv.reader(file)}
+    assert list(rows) == [
+        "method", "Prototype, ours", "Nearest, ours",
+        "everything marked as foreground", "prototype, training-free", "nearest, training-free",
+    ]  # fmt: skip
+    for name, pair in (("Prototype", records[:2]), ("Nearest", records[2:])):
+        shown = [f"{record['test']['miou']:.1f}" for record in pair]
+        assert rows[f"{name}, ours"][:2] == rows[f"{name.lower()}, training-free"][:2] == shown
+    *runs, summary = runs_in(tmp_path)
+    assert [r.summary["test/miou"] for r in runs] == [record["test"]["miou"] for record in records]
+    assert not any("trained_by" in r.config or r.artifacts for r in runs)
+    assert summary.summary["folds/nrows"] == 2 + 3, "two methods and three baselines"
 
 
 @pytest.mark.slow
@@ -140,11 +173,11 @@ def test_killed_job_is_reported_and_the_sweep_started_again_finishes_it(tmp_path
     os.kill(child_of(process.pid), signal.SIGKILL)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
-    assert "Job 0 failed: The process was ended by SIGKILL" in output
+    assert "Job 0 failed: The process was killed by SIGKILL" in output
     assert "1 finished, 1 failed of 2 runs" in output
     again = run("-m", *setting, f"trainings={tmp_path}/trainings", f"hydra.sweep.dir={tmp_path}/again")
     assert again.returncode == 0, again.stderr
-    assert f"Going on with the training that was interrupted in {first}" in again.stdout + again.stderr
+    assert f"Resuming the training that was interrupted in {first}" in again.stdout + again.stderr
     assert f"Already trained in {tmp_path}/sweep/1-" in again.stdout + again.stderr
     alone = run(*setting[:-1], f"hydra.run.dir={tmp_path}/alone")
     assert alone.returncode == 0, alone.stderr
@@ -197,7 +230,7 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
 def test_slurm_is_for_sweeps(tmp_path: Path) -> None:
     done = run(*TINY, "launcher=slurm_cpu", f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 1
-    assert "add -m" in done.stderr
+    assert "Add -m" in done.stderr
     assert not (tmp_path / "run" / "results.json").exists()
 
 

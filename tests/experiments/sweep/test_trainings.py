@@ -173,13 +173,13 @@ def test_training_is_kept_for_a_job_that_slurm_starts_again(tmp_path: Path, monk
     with pytest.raises(RuntimeError):
         train(tmp_path / "store", a, fail=True)
     monkeypatch.setattr(trainings, "ABSENCE", 3)
-    trainings.will_be_back(a)
+    trainings.keep_training(a)
     waited: list[float] = []
     with trainings.claim(tmp_path / "store", a, SHAPE, True) as done:  # it is back: its own it may take at once
         assert done is None
-        trainings.will_be_back(a)
+        trainings.keep_training(a)
     b.mkdir()
-    trainings.will_be_back(a)
+    trainings.keep_training(a)
     write_json(a / "training.json", read_json(a / "training.json") | {"finished": False, "back_by": time.time() + 3})
     with trainings.claim(tmp_path / "store", b, SHAPE, True, lambda: waited.append(time.time())) as done:
         assert done is None
