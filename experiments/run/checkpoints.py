@@ -194,6 +194,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
+        except SystemExit:  # asked to end in the middle of it
+            part.unlink(missing_ok=True)
+            raise
         except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
             part.unlink(missing_ok=True)
             kept = f"The previous checkpoint is kept: {path}." if path.exists() else "There is no earlier one."

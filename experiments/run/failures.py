@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from datamodules.errors import DatasetError
 from experiments import loggers
 from experiments.errors import UserError, explain
 from experiments.files import write_json
+from experiments.run.ending import end_children, soon
 from experiments.run.processes import is_first, processes_of_slurm
 from experiments.sweep import jobs, trainings
 from experiments.sweep.preemption import Requeue, leave_after_error
@@ -51,12 +52,14 @@ def explained(folder: Path) -> Iterator[Outcome]:
             (folder / name).unlink(missing_ok=True)
     outcome, code = Outcome(), 1
     try:
-        yield outcome
-        code = 0
-    except SIGTERMException:
-        write_failure(folder, "The process was terminated (SIGTERM).")
-        log.info("Terminated (SIGTERM). Run the same command again to resume after the last complete epoch.")
-        sys.exit(128 + signal.SIGTERM)
+        with nullcontext() if Requeue.wanted() else soon():  # Slurm has signals of its own
+            yield outcome
+            code = 0
+    except SIGTERMException as ended:
+        name = signal.Signals(getattr(ended, "number", signal.SIGTERM)).name
+        write_failure(folder, f"The process was terminated ({name}).")
+        log.info("Terminated (%s). Run the same command again to resume after the last complete epoch.", name)
+        sys.exit(128 + signal.Signals[name])
     except Exception as error:
         message = as_message(error)
         if Requeue.was_asked():  # an error caused by the termination is not a failure of the job
@@ -77,6 +80,8 @@ def explained(folder: Path) -> Iterator[Outcome]:
         sys.exit(1)
     finally:
         loggers.finish(code)
+        if code:
+            end_children()
 
 
 def write_failure(folder: Path, error: str, trace: str | None = None) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from experiments.errors import UserError
 from experiments.run.checkpoints import AtomicCheckpoints
 from experiments.run.processes import is_first
-from experiments.sweep.preemption import slurm_callbacks
+from experiments.sweep.preemption import signal_callbacks
 
 OURS = {"cache", "channels_last", "compile"}  # keys of conf/trainer that are not Lightning's
 BY_DESIGN = (  # Lightning's warnings about choices made here on purpose
@@ -38,7 +38,7 @@ def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks
         options | {"_partial_": True},
         default_root_dir=str(folder),
         logger=loggers,
-        callbacks=[RichProgressBar(leave=False), *callbacks, *slurm_callbacks(cfg.trainer, folder)],
+        callbacks=[RichProgressBar(leave=False), *callbacks, *signal_callbacks(cfg.trainer, folder)],
         plugins=[AtomicCheckpoints()],
         use_distributed_sampler=False,  # the DataModule distributes the episodes itself
         num_sanity_val_steps=0,

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from experiments.errors import UserError
 from experiments.loggers import WandbLogger
+from experiments.run.ending import EndSoon
 from experiments.run.processes import is_first
 from experiments.sweep.trainings import keep_training
 
@@ -109,14 +110,14 @@ class Requeue(L.Callback):
         os._exit(1)
 
 
-def slurm_callbacks(trainer: DictConfig, folder: Path) -> list[L.Callback]:
-    """The callbacks of a job under Slurm; none elsewhere.
+def signal_callbacks(trainer: DictConfig, folder: Path) -> list[L.Callback]:
+    """What takes the signals: `Requeue` in a job under Slurm, `EndSoon` elsewhere.
 
     Raises:
         UserError: the Trainer's number of devices or nodes is not what Slurm started.
     """
     if not Requeue.wanted():
-        return []
+        return [EndSoon()]
     for name, variable in (("devices", "SLURM_NTASKS_PER_NODE"), ("num_nodes", "SLURM_NNODES")):
         have, want = os.environ.get(variable), trainer[name]
         if have is not None and str(want) != have:
