@@ -1,12 +1,16 @@
 """DataLoaders for long trainings: they resume in the middle of an epoch and work with signals and process groups."""
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
+
+from datamodules.errors import DatasetError
 
 
 class EpisodeLoader(DataLoader[Any]):
@@ -15,9 +19,18 @@ class EpisodeLoader(DataLoader[Any]):
     After a barrier, a thread of the process group (such as gloo's) may be about to acquire the interpreter lock. A
     worker forked at that moment inherits the held lock and waits forever (Python 3.11). A short pause before the
     workers start avoids this.
+
+    Attributes:
+        batch_bytes: of one batch's tensors, to check that the workers have room to deliver; 0 checks nothing.
+
+    Raises:
+        DatasetError: on iteration, where the shared memory is too small for the workers' batches.
     """
 
+    batch_bytes = 0
+
     def __iter__(self) -> Any:
+        check_shared_memory(self.batch_bytes, self.num_workers, self.prefetch_factor or 0)
         if self.num_workers and torch.distributed.is_available() and torch.distributed.is_initialized():
             time.sleep(0.2)
         return super().__iter__()
@@ -46,6 +59,37 @@ class TrainingLoader(EpisodeLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.sampler.skip = state["batches"] % len(self)  # type: ignore[attr-defined]
+
+
+def check_shared_memory(batch_bytes: int, workers: int, ahead: int, folder: Path = Path("/dev/shm")) -> None:
+    """Raises DatasetError where the batches that the workers prepare ahead do not fit into the shared memory.
+
+    Args:
+        ahead: batches that each worker prepares ahead.
+        folder: where the system keeps shared memory; without it nothing is checked.
+    """
+    if not workers or not folder.is_dir():
+        return
+    need, free = batch_bytes * (workers * ahead + 1), shutil.disk_usage(folder).free
+    if need > free:
+        raise DatasetError(
+            f"{workers} workers that read images need {need / 1e6:.0f} MB of shared memory in {folder}, where "
+            f"{free / 1e6:.0f} MB are free. Give the container more (docker run --shm-size=2g), use smaller "
+            "batches (episodes.batch_size, episodes.test_batch_size), or read in the main process: episodes.workers=0."
+        )
+
+
+def share(batch: Any) -> Any:
+    """Moves a worker's batch to shared memory while errors still reach the main process.
+
+    Otherwise the worker's queue does it in a thread, where an error is printed and lost, and the main process waits
+    forever.
+    """
+    if get_worker_info() is not None:
+        for tensor in vars(batch).values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.share_memory_()
+    return batch
 
 
 def ignore_sigterm(worker: int) -> None:

@@ -5,6 +5,7 @@ unpickling objects.
 """
 
 import itertools
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from experiments.run.processes import is_first
 from pmnet.errors import CheckpointError
 from pmnet.methods import Method
 from pmnet.training.module import check_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,10 @@ def to_start_from(ckpt: str | None, folder: Path, resume: bool) -> Checkpoint | 
     """
     if not resume and is_first():
         put_aside(folder)
-    path = (in_run(folder, "last") if resume else None) or given(ckpt, "last")
-    return read(path) if path else None
+    start = first_readable(folder, "last", "previous", "best") if resume and in_run(folder, "last") else None
+    if start is None and (path := given(ckpt, "last")):
+        start = read(path)
+    return start
 
 
 def to_test(ckpt: str | None) -> Checkpoint:
@@ -110,16 +115,45 @@ def to_test(ckpt: str | None) -> Checkpoint:
 
 def trained_in(run: Path) -> Checkpoint:
     """The checkpoint of a finished training: the best one, or the last if it ended before its first validation."""
-    path = in_run(run, "best") or in_run(run, "last")
-    if path is None:
+    checkpoint = first_readable(run, "best", "last", "previous")
+    if checkpoint is None:
         raise UserError("The training ended within its first epoch: there is no checkpoint to test. Train longer.")
-    return read(path)
+    return checkpoint
 
 
 def in_run(run: Path, which: str) -> Path | None:
-    """A run's own checkpoint "best" or "last", if it exists."""
-    path = run / "checkpoints" / f"{which}.ckpt"
-    return path if path.is_file() else None
+    """A run's own checkpoint, if it exists.
+
+    Args:
+        which: "best"; "last", or the one before it if the process was killed while it replaced that; or "previous".
+    """
+    names = ("last", "previous") if which == "last" else (which,)
+    paths = (run / "checkpoints" / f"{name}.ckpt" for name in names)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def first_readable(run: Path, *names: str) -> Checkpoint | None:
+    """The first of a run's checkpoints that can be read; says which ones are damaged and what is used instead.
+
+    Raises:
+        CheckpointError: there are some, and all are damaged.
+    """
+    damaged: list[CheckpointError] = []
+    for path in (run / "checkpoints" / f"{name}.ckpt" for name in names):
+        if not path.is_file():
+            continue
+        try:
+            checkpoint = read(path)
+        except CheckpointError as error:
+            damaged.append(error)
+            continue
+        if damaged:
+            epochs = checkpoint.content.get("epoch", -1) + 1
+            log.warning("%s Using %s instead, saved in epoch %d.", damaged[0], path, epochs)
+        return checkpoint
+    if damaged:
+        raise damaged[0]
+    return None
 
 
 def given(ckpt: str | None, which: str) -> Path | None:
@@ -193,6 +227,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if path.stem == "last" and path.exists():  # kept, so that one damaged file does not cost a training
+                os.replace(path, path.with_stem("previous"))
             os.replace(part, path)
         except SystemExit:  # asked to end in the middle of it
             part.unlink(missing_ok=True)

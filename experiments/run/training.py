@@ -104,9 +104,8 @@ def train(
 ) -> Checkpoint:
     """Trains, or reuses the same training of another run; returns the checkpoint to test."""
     resume = cfg.resume or was_requeued()
-    interrupted = checkpoints.in_run(folder, "last") if resume else None
-    if interrupted:
-        checkpoints.read(interrupted).check_training(module.record)
+    if resume and checkpoints.in_run(folder, "last") and (interrupted := checkpoints.to_start_from(None, folder, True)):
+        interrupted.check_training(module.record)
     store = Path(cfg.trainings) if cfg.reuse and cfg.ckpt is None else None
     shape = trainings.shape(cfg, data, module.network, trainer.world_size)
     with trainings.claim(store, folder, shape, resume, partial(leave_if_asked, trainer)) as trained:

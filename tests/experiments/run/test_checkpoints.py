@@ -14,9 +14,11 @@ from hydra.utils import instantiate
 
 from experiments.files import read_json
 from experiments.run.callbacks import StepSeed
+from experiments.run.checkpoints import AtomicCheckpoints, in_run, read, to_start_from
 from experiments.run.checkpoints import callbacks as checkpoint_callbacks
 from experiments.run.trainer import OURS
 from experiments.sweep.preemption import Requeue
+from pmnet.errors import CheckpointError
 from pmnet.training.module import FewShotModule
 from tests.conftest import ROOT, TINY, command, results, run
 
@@ -114,3 +116,30 @@ def test_asked_to_end_it_says_how_to_go_on(tmp_path: Path) -> None:
     assert "SIGTERM" in read_json(tmp_path / "failure.json")["error"]
     assert before
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(path.read_bytes()[:5000]), lambda path: path.unlink()]
+)
+def test_one_damaged_file_does_not_cost_a_training(tmp_path: Path, caplog, damage) -> None:
+    """The state before it is used; without that the best one; and only if all are damaged there is an error."""
+    fit(tmp_path)
+    (tmp_path / "checkpoints" / "previous.ckpt").write_bytes((tmp_path / "checkpoints" / "last.ckpt").read_bytes())
+    for name, instead in (("last", "previous"), ("previous", "best")):
+        damage(tmp_path / "checkpoints" / f"{name}.ckpt")
+        start = to_start_from(None, tmp_path, True)
+        if start is None:  # nothing is left of the last states, so nothing was interrupted
+            assert not in_run(tmp_path, "last")
+            return
+        assert start.path.stem == instead
+    assert caplog.text.count("cannot be read as a checkpoint") == 2
+    damage(tmp_path / "checkpoints" / "best.ckpt")
+    with pytest.raises(CheckpointError, match=r"last.ckpt cannot be read"):
+        to_start_from(None, tmp_path, True)
+
+
+def test_last_state_but_one_is_kept(tmp_path: Path) -> None:
+    io = AtomicCheckpoints()
+    for epoch in range(3):
+        io.save_checkpoint({"epoch": epoch}, tmp_path / "checkpoints" / "last.ckpt")
+    assert [read(tmp_path / "checkpoints" / f"{n}.ckpt").content["epoch"] for n in ("previous", "last")] == [1, 2]
