@@ -258,12 +258,11 @@ class PFENet(Method):
                 "choose episodes.image_size, or resize the images."
             )
 
-    def passes(self, query: Tensor, support: Tensor, reads: Reads) -> tuple[Features, Features]:
+    def features(self, query: Tensor, support: Tensor, support_masks: Tensor) -> tuple[Features, Features]:
         """Queries apart from supports, so that batch statistics are of either, and layer4 is not computed in vain."""
-        if reads != self.reads:  # others read supports as well
-            return super().passes(query, support, reads)
         query_feats = self.backbone_pass(query, self.query_reads)
-        return query_feats, self.backbone_pass(support.flatten(0, 1), self.support_reads)
+        support_feats = self.backbone_pass(support.flatten(0, 1), self.support_reads)
+        return self.chosen(query_feats, support_feats, support, support_masks)
 
     def backbone_pass(self, images: Tensor, reads: Reads) -> Features:
         if self.batchnorm == "train" and self.training:  # features of a batch, which no cache can give

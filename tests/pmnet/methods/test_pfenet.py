@@ -208,11 +208,13 @@ def test_layer4_of_a_support_sees_masked_layer3(build):
     assert not torch.allclose(whole[-1], blocks[-1])
 
 
+@pytest.mark.parametrize("reads", [None, {"layer1": "last", "layer2": "all", "layer3": "all", "layer4": "all"}])
 @torch.no_grad()
-def test_features_are_the_same_where_others_read_more():
+def test_features_are_the_same_where_other_methods_read_supports_too(reads):
     method, b = small().eval(), batch()
     own = method.features(b.query, b.support, b.support_masks)
-    passed = method.passes(b.query, b.support, {"layer1": "last", "layer2": "all", "layer3": "all", "layer4": "all"})
+    passed = method.passes(b.query, b.support, reads or method.reads)
+    assert "layer4" in passed[1]
     shared = method.chosen(*passed, b.support, b.support_masks)
     for mine, theirs in zip(own, shared, strict=True):
         assert mine.keys() == theirs.keys()

@@ -83,7 +83,7 @@ def test_tensors_of_something_else_are_refused(golden, change, error):
 
 def plain(query, support, masks):
     """One episode, position by position, in float64; the answer at the features' size, with refinement."""
-    C, h, w = query.shape
+    h, w = query.shape[1:]
     Q = [query[:, i, j] for i in range(h) for j in range(w)]
 
     def pool(feature, side):
