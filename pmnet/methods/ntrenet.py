@@ -122,7 +122,7 @@ class NTRENetHead(PyramidHead):
         x = self.down_bg(torch.cat([feature_NChw, self.bg_prototype.expand_as(feature_NChw)], dim=1))
         return self.bg_cls(x + self.bg_res1(x))
 
-    # Training: read in the program, which fails before it gets here, and in the paper
+    # Training, after the text of the program, which fails before it gets here
 
     def loss(
         self,
