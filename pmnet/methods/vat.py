@@ -24,7 +24,6 @@ from pmnet.backbones import Backbone, Features
 from pmnet.errors import CheckpointError, SettingError
 from pmnet.memory import keep_freed_memory
 from pmnet.methods.base import Method, resize
-from pmnet.methods.conv4d import GroupNorm4d
 from pmnet.methods.correlation import correlation, masked, unit
 from pmnet.methods.pfenet import filled
 from pmnet.methods.votes import VotingHead
@@ -114,7 +113,7 @@ class VATHead(VotingHead):
         x: Any = None
         for m, encode, refine in zip(STAGES, self.encoders, self.transformers, strict=True):
             coarse = encode(query.units[m], support[m])
-            x = coarse if x is None else coarse + enlarged(x, (coarse.shape[1], coarse.shape[2]))
+            x = coarse if x is None else coarse + over_query(partial(resize, size=coarse.shape[1:3]), x)
             x = x + refine(x)
         x = x.mean(dim=(3, 4)).movedim(-1, 1)
         for m, level in zip(PROJECTED, self.decoder, strict=True):
@@ -147,19 +146,13 @@ def in_parts(function: Callable[..., Tensor], at_once: int, *tensors: Tensor) ->
     return torch.cat([function(*part) for part in zip(*(x.split(at_once) for x in tensors), strict=True)])
 
 
-def enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, hq, wq, hs, ws, C) with its query plane resized."""
-    flat = x.flatten(3).permute(0, 3, 1, 2)  # in PyTorch's layout of channels last, so nothing is copied
-    return resize(flat, size).permute(0, 2, 3, 1).unflatten(3, x.shape[3:])
-
-
-# Encoder
+# Encoder: (N, hq, wq, hs, ws, C), whose planes are images in PyTorch's layout of channels last
 
 
 class Step(nn.Module):
     """A 4D convolution as the sum of one over the query plane and one over the support plane; GroupNorm, ReLU.
 
-    Before a strided axis is only passed by, it is max-pooled to the size that it will have.
+    The plane that a convolution passes by is max-pooled by its stride before.
 
     Args:
         strides: of the query plane and of the support plane.
@@ -169,25 +162,47 @@ class Step(nn.Module):
         super().__init__()
         self.strides = strides
         self.query_conv, self.support_conv = (nn.Conv2d(in_channels, out_channels, 3, s, padding=1) for s in strides)
-        self.norm = GroupNorm4d(out_channels // 16, out_channels)
+        self.norm = Norm(out_channels // 16, out_channels)
 
     def pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of (N, C, hq, wq, hs, ws), what either convolution takes: the other's plane is pooled."""
+        """Of (N, hq, wq, hs, ws, C), what the convolutions take: each with the other's plane pooled."""
         of_query, of_support = self.strides
-        N, C, hq, wq, hs, ws = x.shape
-        by_query = x if of_support == 1 else F.max_pool2d(x.flatten(0, 3), of_support).unflatten(0, x.shape[:4])
-        if of_query == 1:
-            return by_query, x
-        by_support = F.max_pool3d(x.reshape(N, C, hq, wq, hs * ws), (of_query, of_query, 1)).unflatten(4, (hs, ws))
+        by_query = over_support(partial(F.max_pool2d, kernel_size=of_support), x) if of_support > 1 else x
+        by_support = over_query(partial(F.max_pool2d, kernel_size=of_query), x) if of_query > 1 else x
         return by_query, by_support
 
     def forward(self, by_query: Tensor, by_support: Tensor) -> Tensor:
-        """What `pooled` gives -> (N, C', hq / sq, wq / sq, hs / ss, ws / ss)."""
-        over_query = self.query_conv(by_query.permute(0, 4, 5, 1, 2, 3).flatten(0, 2))
-        over_query = over_query.unflatten(0, (len(by_query), *by_query.shape[4:]))
-        over_support = self.support_conv(by_support.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
-        over_support = over_support.unflatten(0, (len(by_support), *by_support.shape[2:4]))
-        return F.relu(self.norm(over_query.permute(0, 3, 4, 5, 1, 2) + over_support.permute(0, 3, 1, 2, 4, 5)))
+        """What `pooled` returns -> (N, hq / sq, wq / sq, hs / ss, ws / ss, C')."""
+        sums = over_support(self.support_conv, by_support) + turned(over_support(self.query_conv, turned(by_query)))
+        return F.relu(self.norm(sums), inplace=True)
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm of channels last. PyTorch's own loses digits over a million positions of them, on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.flatten(1, -2).unflatten(2, (self.num_groups, -1))
+        var, mean = torch.var_mean(grouped, dim=(1, 3), correction=0, keepdim=True)
+        scale = torch.rsqrt(var + self.eps) * self.weight.view(self.num_groups, -1)
+        shift = self.bias.view(self.num_groups, -1) - mean * scale
+        return torch.addcmul(shift, grouped, scale).view(x.shape)
+
+
+def over_support(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of images, of the support plane at every query position."""
+    images = x.flatten(0, 2).permute(0, 3, 1, 2)
+    return function(images).permute(0, 2, 3, 1).unflatten(0, x.shape[:3])
+
+
+def over_query(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of images that takes every channel alone, of the query plane at every support position."""
+    images = x.flatten(3).permute(0, 3, 1, 2)
+    return function(images).permute(0, 2, 3, 1).unflatten(3, x.shape[3:])
+
+
+def turned(x: Tensor) -> Tensor:
+    """With both planes exchanged."""
+    return x.permute(0, 3, 4, 1, 2, 5).contiguous()
 
 
 class Encoder(nn.Module):
@@ -196,7 +211,7 @@ class Encoder(nn.Module):
     Args:
         blocks: of the stage.
         channels: after each step.
-        strides: see `Step`, of each.
+        strides: of each, see `Step`.
     """
 
     def __init__(self, blocks: int, channels: Sequence[int], strides: Sequence[tuple[int, int]]) -> None:
@@ -209,11 +224,11 @@ class Encoder(nn.Module):
         return in_parts(self.coarse, 1, *self.correlated(query, support))
 
     def correlated(self, query: list[Tensor], support: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the first step takes of the correlations, which are not kept: at 64x64, a pair's are 268 MB."""
+        """What the first step takes of the correlations, which are not kept: those of a pair at 64x64 are 268 MB."""
         first = cast(Step, self.steps[0])
         rows = zip(*(block.split(ROWS, dim=2) for block in query), strict=True)
-        parts = [first.pooled(correlation(list(some), support)) for some in rows]
-        by_query, by_support = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        parts = [first.pooled(correlation(list(some), support).movedim(1, -1)) for some in rows]
+        by_query, by_support = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return by_query, by_support
 
     def coarse(self, by_query: Tensor, by_support: Tensor) -> Tensor:
@@ -221,7 +236,7 @@ class Encoder(nn.Module):
         x = first(by_query, by_support)
         for step in others:
             x = step(*cast(Step, step).pooled(x))
-        return x.movedim(1, -1)
+        return x
 
 
 # Transformers
