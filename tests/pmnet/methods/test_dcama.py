@@ -124,7 +124,7 @@ def test_network_is_the_plain_one(K, scores, monkeypatch):
     parameters = list(head.parameters())
     found, wanted = (torch.autograd.grad(x.square().sum(), parameters) for x in (logits, expected))
     for one, other in zip(found, wanted, strict=True):
-        assert_near(one, other)  # position codes are computed in single precision
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # position codes are of single precision
     mask = head.predict(query, support, masks)
     assert torch.equal(mask, expected.argmax(1).bool())
 
