@@ -23,9 +23,11 @@ quick: install  ## the fast tests alone
 
 bench: install  ## speed beside the bare backbone and a plain implementation; import and start-up times; some minutes
 	$(BIN)/python -m experiments.bench
+	$(BIN)/python -m experiments.startup
 
 docs: install  ## the documentation site, in site/; warnings are errors
-	$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "To read it: $(BIN)/python -m http.server -d site, then http://localhost:8000"
 
 check: install  ## lint, format, types
 	$(BIN)/ruff check .
