@@ -1,6 +1,6 @@
-"""W&B's offline files, read back: a LevelDB log of W&B's own protobuf messages.
+"""Reads W&B's offline files, which are LevelDB logs of W&B's protobuf messages.
 
-wandb had a reader in Python, which went when the service took over; its messages are there still.
+wandb no longer has a reader in Python, but still has the message classes.
 """
 
 import json
@@ -64,11 +64,11 @@ def read(path: Path) -> OfflineRun:
 
 
 def log_records(content: bytes) -> Iterator[bytes]:
-    """The records of a LevelDB log: blocks of 32 KiB, records cut into parts of them."""
+    """The records of a LevelDB log, which are split into parts at block boundaries every 32 KiB."""
     assert content[:4] == b":W&B", "not a W&B file"
     place, parts = 7, []
     while place + 7 <= len(content):
-        if 32768 - place % 32768 < 7:  # no room for a part's head: zeros to the end of the block
+        if 32768 - place % 32768 < 7:  # no room for another part's header: the block ends in zeros
             place += 32768 - place % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", content, place)
@@ -77,7 +77,7 @@ def log_records(content: bytes) -> Iterator[bytes]:
             return
         parts.append(data)
         place += 7 + length
-        if kind in (1, 4):  # whole, or last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield b"".join(parts)
             parts = []
 

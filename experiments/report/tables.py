@@ -173,11 +173,11 @@ def benchmarks(jobs: Sequence[Job]) -> list[Benchmark]:
 
 
 def baselines_of(series: Sequence[Series], notes: list[str]) -> list[Series]:
-    """The baselines in the runs' records, as rows of their own.
+    """The baselines in the runs' records, each as a series of its own.
 
-    Marking everything as foreground scores the same in all runs on the same test episodes. A training-free method also
-    depends on the backbone's weights, so it has a row for each choice of weights. An untrained network is that of one
-    series.
+    Marking everything as foreground has the same score in all runs on the same test episodes. A training-free method
+    also depends on the backbone's weights: one series for each choice of weights. An untrained network depends on the
+    configuration and the seed: one series for each of `series`.
     """
     names = dict.fromkeys(name for s in series for job in s.jobs for name in job.record.get("baselines", {}))
     weights = list(dict.fromkeys(job.weights for s in series for job in s.jobs))
@@ -196,14 +196,14 @@ def baselines_of(series: Sequence[Series], notes: list[str]) -> list[Series]:
 
 
 def baseline(title: str, name: str, series: Sequence[Series], notes: list[str]) -> Series:
-    """One score for each shot and fold: the first found, as neither seed nor training affects it."""
+    """A baseline that neither seed nor training affects: the first score found for each shot and fold."""
     found: dict[tuple[int, Any], list[Job]] = defaultdict(list)
     for s in series:
         for key, jobs in s.runs.items():
             found[key] += [j for job in jobs for j in scored(job, name, seed=None)]
     scores = [[j.record["test"]["miou"] for j in jobs] for jobs in found.values() if jobs]
     if any(max(of_all) - min(of_all) > TOLERANCE for of_all in scores):
-        notes.append(f"{title}: the runs differ (in image size or test episodes, say); the first found is shown.")
+        notes.append(f"{title}: scores differ between runs, e.g. by image size or test episodes; the first is shown.")
     return Series(title, {key: jobs[:1] for key, jobs in found.items() if jobs})
 
 

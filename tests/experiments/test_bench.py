@@ -1,4 +1,4 @@
-"""The benchmark, on one small work: a figure of it is a ratio, and no test here is about how fast this machine is."""
+"""The benchmark on one small `Work`. No test depends on the speed of the machine."""
 
 import sys
 

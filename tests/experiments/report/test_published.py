@@ -1,4 +1,4 @@
-"""The published numbers beside the tables of the paper's text."""
+"""Compares experiments/published.yaml with the tables in the paper's text."""
 
 import re
 from collections import Counter

@@ -213,7 +213,9 @@ def test_floors_that_differ_between_runs_are_noted(tmp_path: Path) -> None:
         write_run(tmp_path / str(seed), 0, seed=seed)
         alter(tmp_path / str(seed), baselines=floors(0, 1, prototype=30.0 + seed))
     table = miou(tabled(tmp_path))
-    assert [note.split(":")[0] for note in table.notes if "the runs differ" in note] == ["prototype, training-free"]
+    assert [note.split(":")[0] for note in table.notes if "scores differ between runs" in note] == [
+        "prototype, training-free"
+    ]
 
 
 def write_training_free(folder: Path, model: str, fold: int, lr: float = 0.001, **change) -> None:

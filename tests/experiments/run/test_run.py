@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished training of three epochs."""
+    """The folder of a finished training run of three epochs."""
     folder = tmp_path_factory.mktemp("trained")
     done = run(*TINY, "trainer.max_epochs=3", "untrained=true", f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def test_same_numbers_however_it_is_tested(trained: Path, tmp_path: Path, how: l
 
 
 def test_two_processes_train_on_the_episodes_of_one(tmp_path: Path) -> None:
-    """Group norm: batch statistics are those of each process's share."""
+    """With group norm, because batch statistics are computed on each process's part of a batch."""
     setting = [*TINY, "model=pmnet_release", "optimizer=sgd", "trainer.max_epochs=1", "model.dropout=0.0"]
     one = run(*setting, f"hydra.run.dir={tmp_path}/1")
     two = run(*setting, "trainer=ddp", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}/2")
@@ -226,7 +226,7 @@ def test_malicious_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 
 def test_broken_image_in_a_worker_is_one_message(tmp_path: Path) -> None:
-    """Damaged after the folder was read: the worker that meets it ends the run, the checkpoint stays."""
+    """An image damaged after the folder was read ends the run with one message; the checkpoint stays."""
     write_indexed(tmp_path / "data")
     script = (
         "import sys, pmnet.segment.images as b; real = b.load_image\n"
@@ -256,7 +256,7 @@ def test_diverging_training_stops_and_keeps_the_last_good_checkpoint(tmp_path: P
 
 
 def test_full_disk_keeps_the_checkpoint_before(trained: Path, tmp_path: Path) -> None:
-    """The kernel refuses every file to grow past 100 kB, as a full disk does."""
+    """The kernel lets no file grow beyond 100 kB, like a full disk."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     good = (trained / "checkpoints" / "last.ckpt").read_bytes()
@@ -291,7 +291,7 @@ def test_devices_that_are_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_options_of_speed_change_no_number(tmp_path: Path) -> None:
-    """In a training and in its test; a second run finds the features that the first has left on disk."""
+    """In training and test; a second run reuses the features that the first one cached on disk."""
     setting = [*TINY, "backbone.weights=quickstart", "trainer.max_epochs=2", "shot=5"]
     kept = [f"trainer.cache.folder={tmp_path}/features", "trainer.cache.host_gb=0"]
     options = {"none": ["trainer.cache=null"], "memory": [], "disk": kept, "again": kept}

@@ -1,4 +1,4 @@
-"""Sweeps on a real Slurm, which these tests start."""
+"""Sweeps on a real Slurm cluster, which these tests start on this machine."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(slurm.why_not() is not None, reason=str(slurm.why_not())),
 ]
-# As one process trains: no dropout, which is drawn in each process, and groups instead of batch statistics.
+# Settings in which several processes train like one: no dropout and no batch statistics.
 ALIKE = [*TINY, "backbone.weights=quickstart", "model=pmnet_release", "model.dropout=0.0", "optimizer=sgd"]
 TWO = ["launcher=slurm_cpu", "launcher.devices=2"]
 
@@ -35,7 +35,7 @@ def jobs_of(folder: Path) -> list[Path]:
 
 
 def test_sweep_gives_the_numbers_of_single_processes(tmp_path: Path) -> None:
-    """Two folds, two shots, two processes a job; W&B has a run a job, though two processes make it."""
+    """Two folds, two shots, two processes for each job; W&B has one run for each job."""
     setting = [*ALIKE, "trainer.max_epochs=2", "fold=0,1", "shot=1,5", "logger=wandb", "logger.offline=true"]
     alone = run("-m", *setting, f"trainings={tmp_path}/t1", f"hydra.sweep.dir={tmp_path}/alone")
     assert alone.returncode == 0, alone.stderr
@@ -146,7 +146,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> 
 
 
 def test_failing_and_killed_jobs_are_reported_and_take_no_other_down(tmp_path: Path) -> None:
-    """One that fails, one whose processes are killed as for want of memory, and one that is well."""
+    """One job fails, one is killed as if it ran out of memory, and one succeeds."""
     setting = [*TINY, "launcher=slurm_cpu", "fold.index=9,0,1", "episodes.per_epoch=80", "trainer.max_epochs=2"]
     process = subprocess.Popen(
         command("-m", *setting, "launcher.at_once=1", f"hydra.sweep.dir={tmp_path}"),
@@ -164,7 +164,7 @@ def test_failing_and_killed_jobs_are_reported_and_take_no_other_down(tmp_path: P
 
 
 def test_process_that_fails_takes_the_others_along(tmp_path: Path) -> None:
-    """The first cannot write where trainings find each other; the second would wait for its decision."""
+    """The first process cannot write to the folder of trainings; the second would wait for its decision."""
     (tmp_path / "file").touch()
     start = time.time()
     done = run("-m", *TINY, *TWO, "fold=0", f"trainings={tmp_path}/file", f"hydra.sweep.dir={tmp_path}/sweep")

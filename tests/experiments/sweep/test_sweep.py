@@ -27,7 +27,7 @@ def jobs_of(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two folds, one of which there is not, with two shots; logged to W&B without a key."""
+    """Two folds, one of which does not exist, and two shots; logged to W&B without an API key."""
     folder = tmp_path_factory.mktemp("sweep")
     done = run(
         "-m", *SETTING, "fold.index=0,9", "shot=1,5", "logger=wandb", "logger.checkpoint=true",
@@ -129,7 +129,7 @@ def test_sweep_over_methods_that_learn_nothing_ends_in_a_report(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_sweep_reports_means_over_folds(tmp_path: Path) -> None:
-    """Several jobs at a time; each pair of shots shares a training, for which one of the two waits."""
+    """Several jobs at the same time; the two shots of a fold share a training, and one waits for the other."""
     done = run(
         "-m", *SETTING, "fold=0,1,2,3", "trainer.max_epochs=1", "launcher=parallel", f"trainings={tmp_path}/trainings",
         f"hydra.sweep.dir={tmp_path}/sweep", "shot=1,5", "launcher.jobs=2",
@@ -205,7 +205,7 @@ def test_jobs_end_with_the_sweep_that_started_them(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_search_finds_the_best_validation(tmp_path: Path) -> None:
-    """Also where trials fail: those of a norm that there is not."""
+    """Also if trials fail, here those with an unknown norm."""
     choice = "model.norm=choice(batch,none)"
     search = ["hparams_search=optuna", "hydra.sweeper.n_trials=4", choice]
     done = run("-m", *SETTING, *search, f"hydra.sweep.dir={tmp_path}")
@@ -249,7 +249,7 @@ def test_number_of_devices_that_a_job_takes(devices: object, number: int) -> Non
 
 
 def test_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:
-    """As those of a job do that all fail for the same reason."""
+    """As they do if all processes of a job fail for the same reason."""
     errors: list[Exception] = []
 
     def write() -> None:
@@ -269,7 +269,7 @@ def test_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:
 
 
 def test_states_of_slurm_that_are_no_end(monkeypatch) -> None:
-    """Nodes that power up, jobs that are suspended; a long list of those that wait."""
+    """Jobs on nodes that are starting up, suspended jobs, a long list of waiting jobs."""
     watcher = slurm.QueueWatcher()
     for job in ("7_0", "7_1", "7_2", "7_3", "8"):
         watcher.register_job(job)
@@ -280,7 +280,7 @@ def test_states_of_slurm_that_are_no_end(monkeypatch) -> None:
 
 
 def test_jobs_never_have_the_same_gpus(tmp_path: Path) -> None:
-    """Six jobs of two GPUs each on four: never one at two jobs, and never more than two jobs at a time."""
+    """Six jobs of two GPUs each on four GPUs: no GPU has two jobs, and at most two jobs run at the same time."""
     free, at_once, most = {"a", "b", "c", "d"}, 0, 0
     lock = threading.Lock()
 

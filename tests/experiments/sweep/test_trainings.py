@@ -1,4 +1,4 @@
-"""Which jobs share a training, and how they wait for one another."""
+"""Which jobs share a training, and how they wait for each other."""
 
 import multiprocessing
 import os
@@ -57,12 +57,12 @@ def test_what_shapes_the_weights_does_not(plain: str, override: str) -> None:
 
 
 def test_number_of_processes_shapes_the_weights(plain: str) -> None:
-    """Each normalises its own part of a batch."""
+    """Each process normalises its own part of a batch."""
     assert fingerprint(processes=2) != plain
 
 
 def train(store: Path, folder: Path, shape=SHAPE, resume=True, fail=False) -> Path | None:
-    """As a job does; its checkpoints are a few bytes. Returns where the weights are from if not from here."""
+    """Trains like a job, with checkpoints of a few bytes; returns the folder of reused weights, None if it trained."""
     folder.mkdir(parents=True, exist_ok=True)
     with trainings.claim(store, folder, shape, resume) as done:
         if done is None:
@@ -114,7 +114,7 @@ def test_training_whose_folder_is_gone_or_is_another_by_now_is_not_used(tmp_path
 
 
 def test_training_that_goes_on_from_another_shape_is_not_shared(tmp_path: Path) -> None:
-    """Of fewer epochs, say: its end is not that of either."""
+    """E.g. a training of fewer epochs: the result belongs to neither shape."""
     a = tmp_path / "a"
     train(tmp_path / "store", a)
     assert train(tmp_path / "store", a, SHAPE | {"epochs": 5}) is None
