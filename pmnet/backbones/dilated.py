@@ -1,17 +1,18 @@
 """ResNets with a stem of three 3x3 convolutions and with dilation: layer2, layer3 and layer4 all have stride 8.
 
-The backbone of PSPNet's ImageNet weights, on which PFENet and its relatives are built. A side of 8n + 1 becomes n + 1.
+PFENet and related methods use this backbone of PSPNet. A side of 8n + 1 pixels becomes n + 1 positions.
 """
 
 import re
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pmnet.backbones.base import Backbone
 from pmnet.backbones.resnet import ResidualBackbone
-from pmnet.backbones.weights import load_weights
+from pmnet.backbones.weights import Provenance, load_weights
 from pmnet.errors import SettingError
 
 Dilation = Literal["all", "torchvision"]
@@ -24,15 +25,21 @@ class DilatedResNetBackbone(ResidualBackbone):
 
     Args:
         name: "resnet50s" or "resnet101s".
-        weights: see `pmnet.backbones.weights.load_weights`. Files in the names of timm, of PFENet's family, of SSP and
-            of CyCTR load.
+        weights: see `pmnet.backbones.weights`. A file may use the tensor names of timm, PFENet's family, SSP or CyCTR.
         dilation: of the 3x3 convolutions. "all": 2 in layer3 and 4 in layer4 (PFENet, RePRI, ASGNet, SCL, NTRENet).
-            "torchvision": the first block of each has the dilation of the stage before, 1 and 2 (SSP, CyCTR).
-        download: fetch named weights that are not on this machine yet.
+            "torchvision": the first block of each has the dilation of the previous stage, 1 and 2 (SSP, CyCTR).
+        download: download named weights that are not on this machine yet.
 
     Raises:
-        SettingError: another name or dilation.
+        SettingError: unknown name or dilation.
         WeightsError: the weights are missing, damaged, or of another network.
+
+    Example:
+        >>> import torch
+        >>> from pmnet.backbones.dilated import DilatedResNetBackbone
+        >>> features = DilatedResNetBackbone("resnet50s", "none")(torch.rand(1, 3, 97, 97))
+        >>> [features[layer][-1].shape[-1] for layer in ("layer1", "layer2", "layer3", "layer4")]
+        [25, 13, 13, 13]
     """
 
     def __init__(self, name: str, weights: str, dilation: Dilation = "all", download: bool = False) -> None:
@@ -41,13 +48,22 @@ class DilatedResNetBackbone(ResidualBackbone):
         self.trunk, self.provenance = load_weights(build, name, weights, download, names_of_timm)
         self.measure()
 
+    @classmethod
+    def around(cls, trunk: nn.Module, provenance: Provenance) -> Self:
+        """A backbone whose trunk, from `build_trunk`, has its weights already."""
+        backbone = cls.__new__(cls)
+        Backbone.__init__(backbone)
+        backbone.trunk, backbone.provenance = trunk, provenance
+        backbone.measure()
+        return backbone
+
     def stem(self, images: Tensor) -> Tensor:
         trunk = self.trunk
         return trunk.maxpool(F.relu(trunk.bn1(trunk.conv1(images))))
 
 
 def build_trunk(name: str, dilation: Dilation) -> nn.Module:
-    """torchvision's ResNet with another stem, in the names of timm's "resnet50s"."""
+    """torchvision's ResNet with another stem; the tensors have the names of timm's "resnet50s"."""
     import torchvision  # takes a second to import
 
     if name not in DEPTHS:
@@ -78,8 +94,8 @@ def build_trunk(name: str, dilation: Dilation) -> nn.Module:
 
 
 def names_of_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The trunk's tensors of a file by timm, or by PFENet's family (layer0.0, ...), SSP (layer0.0.0, ...) or CyCTR
-    (conv1, conv2, ...), who keep the tensors of their heads in the same file."""
+    """Renames the stem's tensors of PFENet's family (layer0.0, ...), SSP (layer0.0.0, ...) or CyCTR (conv1, conv2, ...)
+    to timm's names, and leaves out those of the heads in the same files."""
     stem = {f"layer0.{i}": f"conv1.{i}" for i in (0, 1, 3, 4, 6)} | {"layer0.7": "bn1"}
     if "layer0.0.0.weight" in bare(state):
         stem = {f"layer0.0.{i}": f"conv1.{i}" for i in (0, 1, 3, 4, 6)} | {"layer0.1": "bn1"}
@@ -93,5 +109,5 @@ def names_of_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that parallel training and CyCTR put before every name."""
+    """Removes the prefixes that parallel training and CyCTR add to every name."""
     return {re.sub(r"^(module\.|backbone\.|body\.)*", "", name): tensor for name, tensor in state.items()}

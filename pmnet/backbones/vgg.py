@@ -1,10 +1,15 @@
-"""VGG-16 as PANet uses it: 3x3 pools, and stride 8 from the fourth block on. A side of 8n + 1 becomes n + 1."""
+"""VGG-16 as PANet uses it: 3x3 pools, and stride 8 from the fourth block on.
+
+A side of 8n + 1 pixels becomes n + 1 positions.
+"""
+
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmnet.backbones.base import Backbone
-from pmnet.backbones.weights import load_weights
+from pmnet.backbones.weights import Provenance, load_weights
 
 # Output channels of the 3x3 convolutions of the five blocks, their dilation, and the stride of the pool before them.
 BLOCKS = {
@@ -24,19 +29,34 @@ class VGGBackbone(Backbone):
     layer2 stride 4, layer3 and layer4 stride 8.
 
     Args:
-        weights: see `pmnet.backbones.weights.load_weights`. Files in the names of torchvision and of PANet load.
-        download: fetch named weights that are not on this machine yet.
+        weights: see `pmnet.backbones.weights`. A file may use the tensor names of torchvision or PANet.
+        download: download named weights that are not on this machine yet.
 
     Raises:
         WeightsError: the weights are missing, damaged, or of another network.
+
+    Example:
+        >>> import torch
+        >>> from pmnet.backbones.vgg import VGGBackbone
+        >>> features = VGGBackbone("none")(torch.rand(1, 3, 97, 97))
+        >>> [features[layer][-1].shape[-1] for layer in ("layer1", "layer2", "layer3", "layer4")]
+        [49, 25, 13, 13]
     """
+
+    channels = {layer: widths[-1] for layer, (widths, *_) in BLOCKS.items() if layer != "stem"}
+    blocks = {layer: len(widths) for layer, (widths, *_) in BLOCKS.items() if layer != "stem"}
 
     def __init__(self, weights: str, download: bool = False) -> None:
         super().__init__()
         self.trunk, self.provenance = load_weights(build_trunk, "vgg16", weights, download, own_names)
-        layers = {layer: widths for layer, (widths, *_) in BLOCKS.items() if layer != "stem"}
-        self.channels = {layer: widths[-1] for layer, widths in layers.items()}
-        self.blocks = {layer: len(widths) for layer, widths in layers.items()}
+
+    @classmethod
+    def around(cls, trunk: nn.Module, provenance: Provenance) -> Self:
+        """A backbone whose trunk, from `build_trunk`, has its weights already."""
+        backbone = cls.__new__(cls)
+        Backbone.__init__(backbone)
+        backbone.trunk, backbone.provenance = trunk, provenance
+        return backbone
 
     def stem(self, images: Tensor) -> Tensor:
         return self.stage("stem", images)[1]
@@ -56,7 +76,7 @@ class VGGBackbone(Backbone):
 
 
 def build_trunk() -> nn.Module:
-    """The 13 convolutions, with the weights' initial values as PANet draws them."""
+    """The 13 convolutions, initialised as in PANet."""
     trunk, channels = nn.ModuleDict(), 3
     for block, (widths, dilation, _) in BLOCKS.items():
         inputs = (channels, *widths[:-1])
@@ -72,7 +92,7 @@ def build_trunk() -> nn.Module:
 
 
 def own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the convolutions, renamed from torchvision's names or PANet's."""
+    """Renames the convolutions' tensors from the names of torchvision or PANet, and leaves out the classifier's."""
     state = {name.removeprefix("module.").removeprefix("encoder.backbone."): t for name, t in state.items()}
     theirs = PANET if "features.0.0.weight" in state else TORCHVISION
     ours = dict(zip(theirs, OURS, strict=True))

@@ -1,11 +1,11 @@
-"""ASGNet: an object's prototypes are clusters of its positions, and each query position takes the most similar one.
+"""ASGNet: superpixels of the support's object as prototypes; each query position uses the most similar one.
 
 Li et al., "Adaptive Prototype Learning and Allocation for Few-Shot Segmentation", CVPR 2021. Published program:
 github.com/Reagan1311/ASGNet at cd898c5, no licence; this code was written from a description of it.
 
-A support's object gets up to five seeds, far from its edge and from one another, and superpixels grow from them: the
-larger the object, the more. The query, the prototypes allocated to its positions and a map of all similarities go
-through PFENet's pyramid.
+Each support's object gets up to five seeds, depending on its area, far from its edge and from one another. Clustering
+starts from the seeds, and the cluster centres are the prototypes. The query's features, the prototype allocated to each
+position and a map of all similarities pass through PFENet's pyramid.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,17 +36,17 @@ from pmnet.methods.pfenet import (
 from pmnet.methods.pooling import masked_mean
 
 MOST = 5  # seeds of a support
-AREA = 100  # positions to a seed
+AREA = 100  # positions per seed
 TRAIN_ROUNDS, TEST_ROUNDS = 10, 5
-NEARNESS = 0.1  # of positions' distances beside those of features
+NEARNESS = 0.1  # weight of distances in the map, relative to distances of features
 
 
 class Seen(NamedTuple):
     """The prototypes of B episodes.
 
     Attributes:
-        prototypes: (B, P, 256), up to five from each shot; P = 5 * K.
-        used: (B, P) bool, which of them there are.
+        prototypes: (B, P, 256), up to five per shot; P = 5 * K.
+        used: (B, P) bool, False for padding.
     """
 
     prototypes: Tensor
@@ -54,9 +54,10 @@ class Seen(NamedTuple):
 
 
 class ASGNetHead(PyramidHead):
-    """
+    """The learned part of ASGNet.
+
     Args:
-        middle_channels: of layer2 and layer3 together.
+        middle_channels: channels of layer2 and layer3 together.
         bins: see `PyramidHead`.
     """
 
@@ -66,10 +67,11 @@ class ASGNetHead(PyramidHead):
         self.corr_conv = nn.ModuleList(pointwise(2 * WIDTH + 1) for _ in self.bins)
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Seen:
-        """
+        """Computes the prototypes of each support.
+
         Args:
             support_feats: "layer2" and "layer3".
-            support_masks: see `Head.see`.
+            support_masks: (B, K, H, W), 0 or 1.
         """
         B, K = support_masks.shape[:2]
         support_NChw = self.down_conv(middle(flat(support_feats)))
@@ -85,7 +87,7 @@ class ASGNetHead(PyramidHead):
         return Seen(padded_NPC.unflatten(0, (B, K)).flatten(1, 2), used_NP.unflatten(0, (B, K)).flatten(1, 2))
 
     def segment(self, query_feats: Features, seen: Seen, size: tuple[int, int]) -> Tensor:
-        """Logits (B, 2, H, W); reads "layer2" and "layer3"."""
+        """Logits (B, 2, H, W), from "layer2" and "layer3" of the query."""
         return resize(self.outputs(query_feats, seen).logits, size)
 
     def outputs(self, query_feats: Features, seen: Seen) -> Enriched:
@@ -106,24 +108,23 @@ class ASGNetHead(PyramidHead):
         query_mask: Tensor,
         criterion: Criterion,
     ) -> Tensor:
-        """Of the answer, and as much of the answers of the scales, on average."""
+        """The criterion of the logits, plus the mean of the criterion over the scales."""
         out = self.outputs(query_feats, self.see(support_feats, support_masks))
         return torch.stack(supervised(out, query_mask, criterion)).sum()
 
 
 def small_mask(mask_HW: Tensor, size: tuple[int, int]) -> Tensor:
-    """(h, w) bool: of the pixels under each position, the one above and left."""
+    """The mask's top left pixel of each position of a feature map, (h, w) bool."""
     (h, w), (H, W) = size, size_of(mask_HW)
     rows, columns = (torch.arange(n, device=mask_HW.device) * N // n for n, N in ((h, H), (w, W)))
     return (mask_HW == 1)[rows[:, None], columns]
 
 
 def seeds(mask_hw: Tensor) -> Tensor:
-    """Rows and columns (n, 2) of up to five positions of an object, each as far as can be from its edge and from those
-    before; none for an object of fewer than two.
+    """Rows and columns (n, 2) of up to five positions of an object, each as far as possible from the object's edge and
+    from the previous seeds. A small object has none.
 
-    The edges are the positions inside the object's bounding box that are not the object's; where there are none, the
-    surroundings of the box.
+    The edge is made of the other positions in the object's bounding box; if there are none, of those around the box.
     """
     inside_N2 = mask_hw.nonzero()
     n = min(round(len(inside_N2) / AREA), MOST)
@@ -134,7 +135,7 @@ def seeds(mask_hw: Tensor) -> Tensor:
     if box.all():
         box, top, left = F.pad(box, (1, 1, 1, 1)), top - 1, left - 1
     outside_M2 = (~box).nonzero() + torch.tensor([top, left], device=mask_hw.device)
-    distance_N = (inside_N2[:, None] - outside_M2).square().sum(2).amin(1)  # squared and whole: equal ones stay equal
+    distance_N = (inside_N2[:, None] - outside_M2).square().sum(2).amin(1)  # squared, so integers: ties are exact
     chosen = []
     for _ in range(n):
         first = int((distance_N == distance_N.amax()).nonzero()[0])
@@ -144,12 +145,13 @@ def seeds(mask_hw: Tensor) -> Tensor:
 
 
 def prototypes(feature_Chw: Tensor, mask_hw: Tensor, seeds_n2: Tensor, rounds: int) -> Tensor:
-    """Of one support, (n, C): the centres of its clusters; without seeds the mean over its object.
+    """The prototypes of one support, (n, C): cluster centres, or the object's mean feature if there are no seeds.
 
     Args:
-        mask_hw: in [0, 1]; only where it is 1 a position belongs to a cluster.
-        seeds_n2: see `seeds`.
-        rounds: of the clustering.
+        feature_Chw: its features.
+        mask_hw: in [0, 1]; only positions with exactly 1 are clustered.
+        seeds_n2: the output of `seeds`.
+        rounds: number of iterations.
     """
     inside = mask_hw == 1
     if not len(seeds_n2) or not inside.any():
@@ -166,7 +168,7 @@ def prototypes(feature_Chw: Tensor, mask_hw: Tensor, seeds_n2: Tensor, rounds: i
 
 
 def allocated(query_BChw: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
-    """At each query position the most similar prototype (B, C, h, w), and the sum of all similarities (B, 1, h, w)."""
+    """The most similar prototype of each query position (B, C, h, w), and the sum of all similarities (B, 1, h, w)."""
     size = size_of(query_BChw)
     cosine_BPQ = F.normalize(seen.prototypes, dim=2) @ F.normalize(query_BChw.flatten(2), dim=1)
     unused_BP1 = ~seen.used[:, :, None]
@@ -177,12 +179,13 @@ def allocated(query_BChw: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
 
 
 class ASGNet(PFENet):
-    """Takes any number of shots, and image sides of 8n + 1, which put a feature position on every eighth pixel.
+    """Supports any number of shots. Image sides must be 8n + 1, which puts a feature position on every eighth pixel.
 
     Args:
-        backbone: published: `DilatedResNetBackbone`, of which layer2 and layer3 are read.
+        backbone: published: `DilatedResNetBackbone`.
         bins: see `PyramidHead`.
-        batchnorm: of the frozen backbone while training: "train" as published, "eval" to keep its stored statistics.
+        batchnorm: how the frozen backbone's BatchNorm layers work in training: "train", as published, uses the batch's
+            statistics and updates the stored ones; "eval" uses the stored ones.
 
     Example:
         >>> import torch
@@ -197,15 +200,18 @@ class ASGNet(PFENet):
     head_type: ClassVar[Any] = ASGNetHead
 
     def of_supports(self, support_feats: Features, support: Tensor, support_masks: Tensor) -> Features:
-        return Method.of_supports(self, support_feats, support, support_masks)  # no layer4
+        return Method.of_supports(self, support_feats, support, support_masks)  # without layer4
 
 
 def from_release(state_dict: Mapping[str, Tensor], bins: Sequence[float] = BINS) -> ASGNetHead:
-    """The head with the pyramid, in eval mode, from the authors' tensor names.
+    """Builds the head from the tensors of the authors' program.
 
     Args:
-        state_dict: a whole checkpoint; the backbone's tensors are ignored.
+        state_dict: a checkpoint of the network with the pyramid; the backbone's tensors are ignored.
         bins: see `PyramidHead`.
+
+    Returns:
+        The head in eval mode.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of an unexpected shape.

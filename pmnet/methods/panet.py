@@ -1,10 +1,10 @@
-"""PANet: cosines with the means of the supports' object and background, on a backbone that is trained to fit them.
+"""PANet: cosine similarity with the mean features of the supports' object and background.
 
 Wang et al., "PANet: Few-Shot Image Semantic Segmentation with Prototype Alignment", ICCV 2019. Published program:
 github.com/kaixin96/PANet at 1695bf3, no licence; this code was written from a description of it.
 
-Nothing is added to the backbone, all of which is trained. While training, the query with its answer also has to segment
-the supports: the alignment.
+There are no new layers: the whole backbone is trained. In training, prototypes from the query and its predicted mask
+must also segment the supports: the alignment loss.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmnet.backbones import Backbone, Features
-from pmnet.backbones.vgg import VGGBackbone, own_names
+from pmnet.backbones.vgg import VGGBackbone, build_trunk, own_names
 from pmnet.backbones.weights import Provenance, state_hash
 from pmnet.methods.base import Criterion, Head, Method, scored, size_of
 from pmnet.methods.pfenet import filled
@@ -26,17 +26,17 @@ SCALE = 20.0  # of cosines as logits
 
 
 class Prototypes(NamedTuple):
-    """Of each episode's two sides, (B, C)."""
+    """Foreground and background of each episode, (B, C)."""
 
     foreground: Tensor
     background: Tensor
 
 
 class PANetHead(Head):
-    """Reads the last block of one stage; has no parameters."""
+    """Matches features of one stage with prototypes. It has no parameters."""
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Prototypes:
-        """The means over the shots; what is not foreground is background."""
+        """The prototypes of the supports, averaged over the shots. Everything but foreground is background."""
         B, K = support_masks.shape[:2]
         feature_NChw, mask_NHW = only(support_feats).flatten(0, 1), (support_masks == 1).flatten(0, 1)
         each_NC = (mean_at_mask_size(feature_NChw, side, EPS) for side in (mask_NHW, ~mask_NHW))
@@ -53,12 +53,12 @@ class PANetHead(Head):
         query_mask: Tensor,
         criterion: Criterion,
     ) -> Tensor:
-        """Of the query, and as much of the supports when segmented by the query."""
+        """The criterion of the query, plus that of the supports segmented with the query's prototypes."""
         query_BChw, size = only(query_feats), size_of(query_mask)
         logits_B2hw = matched(query_BChw, self.see(support_feats, support_masks))
         query_loss = scored(criterion, enlarged(logits_B2hw, size), query_mask)
         pred_Bhw = logits_B2hw.argmax(dim=1)
-        found_B = (pred_Bhw == 1).flatten(1).any(dim=1)  # an episode without foreground is not aligned
+        found_B = (pred_Bhw == 1).flatten(1).any(dim=1)  # the others have no alignment loss
         if not found_B.any():
             return query_loss
         return query_loss + found_B.float().mean() * aligned(
@@ -69,7 +69,7 @@ class PANetHead(Head):
 def aligned(
     query_BChw: Tensor, pred_Bhw: Tensor, support_BKChw: Tensor, masks_BKHW: Tensor, criterion: Criterion
 ) -> Tensor:
-    """The loss of the supports, segmented by the prototypes of their query's prediction."""
+    """The criterion of the supports, segmented with prototypes from the query's predicted mask."""
     sides = (masked_mean(query_BChw, pred_Bhw == side, EPS) for side in (1, 0))
     each = Prototypes(*(side_BC.repeat_interleave(masks_BKHW.shape[1], dim=0) for side_BC in sides))
     mask_NHW = masks_BKHW.flatten(0, 1)
@@ -77,7 +77,7 @@ def aligned(
 
 
 def matched(feature_NChw: Tensor, by: Prototypes) -> Tensor:
-    """Cosines with the prototypes as logits (N, 2, h, w), background first."""
+    """Logits (N, 2, h, w): cosine similarities with the prototypes, background first."""
     sides = (side_NC[..., None, None] for side_NC in (by.background, by.foreground))
     return SCALE * torch.stack([F.cosine_similarity(feature_NChw, side, dim=1) for side in sides], dim=1)
 
@@ -87,11 +87,11 @@ def enlarged(logits_N2hw: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class PANet(Method):
-    """Takes any number of shots and any image sides. Trains the whole backbone.
+    """Supports any number of shots and any image sides. Trains the whole backbone.
 
     Args:
         backbone: published: `VGGBackbone`.
-        layer: the stage whose last block is matched.
+        layer: the stage whose last block is matched with the prototypes.
 
     Example:
         >>> import torch
@@ -111,13 +111,15 @@ class PANet(Method):
 
 
 def from_release(state_dict: Mapping[str, Tensor]) -> PANet:
-    """The network on VGG-16, in eval mode, from the authors' tensor names: all of it is the backbone.
+    """Builds the whole network from the tensors of the authors' program: all that is learned is in its VGG-16.
+
+    Returns:
+        The method in eval mode.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of an unexpected shape.
     """
     state = own_names({name: torch.as_tensor(value) for name, value in state_dict.items()})
-    backbone = VGGBackbone("none")
-    filled(backbone.trunk, state, "PANet")
-    backbone.provenance = Provenance("vgg16", "release", "PANet's authors", state_hash(backbone.trunk.state_dict()))
-    return PANet(backbone).eval()
+    trunk = filled(build_trunk(), state, "PANet")
+    provenance = Provenance("vgg16", "release", "PANet's authors", state_hash(trunk.state_dict()))
+    return PANet(VGGBackbone.around(trunk, provenance)).eval()

@@ -1,11 +1,11 @@
-"""PFENet: a prior mask without training, and a pyramid in which coarse scales learn from fine ones.
+"""PFENet: a training-free prior mask, and a pyramid whose coarse scales learn from the fine ones.
 
 Tian et al., "Prior Guided Feature Enrichment Network for Few-Shot Segmentation", TPAMI 2020. Published program:
 github.com/dvlab-research/PFENet at a505675, no licence; this code was written from a description of it.
 
-Deep features tell how like each query position is to the support's object: the prior mask. Middle features, the mean
-of the support's object and the prior mask are merged at four scales, each of which hands its result on to the next.
-ASGNet and SCL use the same pyramid.
+The prior mask is the similarity of each query position's deep features to those of the support's object. At four
+scales, the network merges the query's middle features, the mean feature of the support's object and the prior mask;
+each scale passes its result on to the next. ASGNet, SCL and NTRENet use the same pyramid.
 """
 
 import re
@@ -29,12 +29,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Enriched(NamedTuple):
-    """What the pyramid makes of N maps.
+    """The output of the pyramid for N feature maps.
 
     Attributes:
         logits: (N, 2, h, w).
-        inner: of each scale, logits (N, 2, b, b).
-        kept: of each scale, features (N, 256, h, w).
+        inner: for each scale, logits (N, 2, b, b).
+        kept: for each scale, features (N, 256, h, w).
     """
 
     logits: Tensor
@@ -43,10 +43,10 @@ class Enriched(NamedTuple):
 
 
 class PyramidHead(Head):
-    """The pyramid, in the authors' names; a subclass makes what goes in at each scale.
+    """The pyramid, with the authors' names of layers. A subclass computes its input at each scale.
 
     Args:
-        bins: sides of the scales: positions, or where 1 or less a share of the feature map's height.
+        bins: side of each scale: a number of positions, or, if at most 1, a fraction of the feature map's height.
     """
 
     def __init__(self, bins: Sequence[float] = BINS) -> None:
@@ -61,21 +61,22 @@ class PyramidHead(Head):
         self.cls = classifier()
 
     def sides(self, map_: Tensor) -> list[int]:
-        """Of the square maps of each scale, for feature maps (..., h, w)."""
+        """The side of each scale, for feature maps (..., h, w)."""
         return [int(bin_ * map_.shape[-2]) if bin_ <= 1 else int(bin_) for bin_ in self.bins]
 
     def pooled(self, map_: Tensor) -> list[Tensor]:
-        """A feature map at each scale; adaptive pooling also enlarges."""
+        """A feature map at each scale, larger ones included."""
         return [F.adaptive_avg_pool2d(map_, side) for side in self.sides(map_)]
 
     def enriched(
         self, merged: Sequence[Tensor], size: tuple[int, int], earlier: Sequence[Tensor] | None = None
     ) -> Enriched:
-        """
+        """Runs the pyramid.
+
         Args:
-            merged: of each scale, (N, 256, b, b).
+            merged: for each scale, (N, 256, b, b).
             size: h, w of the feature map.
-            earlier: what another pass kept; the scales learn from it instead of from one another.
+            earlier: `kept` of another pass, from which the scales learn instead of from one another.
         """
         inner: list[Tensor] = []
         kept: list[Tensor] = []
@@ -106,12 +107,12 @@ def classifier() -> nn.Sequential:
 
 
 def spread(vector_NC: Tensor, like: Tensor) -> Tensor:
-    """One vector at every position of a map, (N, C, h, w)."""
+    """The same vector at every position of a map, (N, C, h, w)."""
     return vector_NC[..., None, None].expand(-1, -1, *size_of(like))
 
 
 def supervised(out: Enriched, masks: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
-    """The criterion of the logits, and its mean over the scales."""
+    """The criterion of the logits, and the mean of the criterion over the scales."""
     size = size_of(masks)
     main, *inner = (scored(criterion, resize(logits, size), masks) for logits in (out.logits, *out.inner))
     return main, torch.stack(inner).mean()
@@ -121,11 +122,11 @@ def supervised(out: Enriched, masks: Tensor, criterion: Criterion) -> tuple[Tens
 
 
 class Seen(NamedTuple):
-    """What is remembered of B episodes.
+    """What the head keeps of the supports of B episodes.
 
     Attributes:
         prototype: (B, 256), the mean over the shots.
-        deep: (B, K, C, hs, ws), layer4 of the object alone.
+        deep: (B, K, C, hs, ws), layer4 features of the object, 0 elsewhere.
     """
 
     prototype: Tensor
@@ -133,9 +134,10 @@ class Seen(NamedTuple):
 
 
 class PFENetHead(PyramidHead):
-    """
+    """The learned part of PFENet.
+
     Args:
-        middle_channels: of layer2 and layer3 together.
+        middle_channels: channels of layer2 and layer3 together.
         bins: see `PyramidHead`.
     """
 
@@ -146,10 +148,11 @@ class PFENetHead(PyramidHead):
         self.init_merge = nn.ModuleList(pointwise(2 * WIDTH + 1) for _ in self.bins)
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Seen:
-        """
+        """Computes prototypes and masked deep features.
+
         Args:
-            support_feats: "layer2", "layer3", and as "layer4_masked" what layer4 makes of the masked layer3.
-            support_masks: see `Head.see`.
+            support_feats: "layer2", "layer3", and "layer4_masked", the output of layer4 for masked layer3 features.
+            support_masks: (B, K, H, W), 0 or 1.
         """
         B, K = support_masks.shape[:2]
         support_NChw = self.down_supp(middle(flat(support_feats)))
@@ -158,7 +161,7 @@ class PFENetHead(PyramidHead):
         return Seen(prototype_NC.unflatten(0, (B, K)).mean(dim=1), masked_deep(support_feats, support_masks))
 
     def segment(self, query_feats: Features, seen: Seen, size: tuple[int, int]) -> Tensor:
-        """Logits (B, 2, H, W); reads "layer2", "layer3" and "layer4"."""
+        """Logits (B, 2, H, W), from "layer2", "layer3" and "layer4" of the query."""
         return resize(self.outputs(query_feats, seen).logits, size)
 
     def outputs(self, query_feats: Features, seen: Seen) -> Enriched:
@@ -178,7 +181,7 @@ class PFENetHead(PyramidHead):
         query_mask: Tensor,
         criterion: Criterion,
     ) -> Tensor:
-        """Of the answer, and as much of the answers of the scales, on average."""
+        """The criterion of the logits, plus the mean of the criterion over the scales."""
         out = self.outputs(query_feats, self.see(support_feats, support_masks))
         return torch.stack(supervised(out, query_mask, criterion)).sum()
 
@@ -188,34 +191,35 @@ def reduction(channels: int) -> nn.Sequential:
 
 
 def middle(feats: Features) -> Tensor:
-    """layer3 and layer2 after their last ReLU, (N, C, h, w) at the size of layer3."""
+    """layer3 and layer2 after their last ReLU, (N, C, h, w), at the size of layer3."""
     layer3, layer2 = F.relu(feats["layer3"][-1]), F.relu(feats["layer2"][-1])
     return torch.cat([layer3, resize(layer2, size_of(layer3))], dim=1)
 
 
 def flat(support_feats: Features) -> Features:
-    """Every support by itself: (B, K, ...) -> (B * K, ...)."""
+    """Merges the axes of batch and shots: (B, K, ...) -> (B * K, ...)."""
     return {layer: [f.flatten(0, 1) for f in blocks] for layer, blocks in support_feats.items()}
 
 
 def mask_at(masks_BKHW: Tensor, map_: Tensor) -> Tensor:
-    """The masks at the size of a feature map, (B, K, h, w) in [0, 1]; 0 or 1 where H = s * (h - 1) + 1."""
+    """The masks at the size of a feature map, (B, K, h, w) in [0, 1]; exactly 0 or 1 if H = s * (h - 1) + 1."""
     return resize((masks_BKHW == 1).to(map_.dtype), size_of(map_))
 
 
 def masked_deep(support_feats: Features, support_masks: Tensor) -> Tensor:
-    """layer4 of the supports' objects, (B, K, C, hs, ws), zero elsewhere."""
+    """layer4 features of the supports' objects, (B, K, C, hs, ws), 0 elsewhere."""
     deep_BKChw = F.relu(support_feats["layer4_masked"][-1])
     return deep_BKChw * mask_at(support_masks, deep_BKChw)[:, :, None]
 
 
 @torch.no_grad()
 def prior_mask(query_BChw: Tensor, deep_BKChw: Tensor) -> Tensor:
-    """How like each query position is to the most similar one of each support's object, (B, K, h, w) in [0, 1]."""
+    """The largest cosine similarity of each query position with a position of each support's object, (B, K, h, w), scaled
+    to [0, 1] per query and shot."""
     unit_BCQ = F.normalize(F.relu(query_BChw).flatten(2), dim=1)
     shots = []
-    for deep_BChw in deep_BKChw.unbind(1):  # one after the other: each needs memory for all pairs of positions
-        unit_BSC = F.normalize(deep_BChw.flatten(2), dim=1).transpose(1, 2)  # what is masked stays 0
+    for deep_BChw in deep_BKChw.unbind(1):  # one at a time: each needs memory for all pairs of positions
+        unit_BSC = F.normalize(deep_BChw.flatten(2), dim=1).transpose(1, 2)  # masked positions stay 0
         best_BQ = (unit_BSC @ unit_BCQ).amax(dim=1)
         low, high = best_BQ.amin(dim=1, keepdim=True), best_BQ.amax(dim=1, keepdim=True)
         shots.append((best_BQ - low) / (high - low + PRIOR_EPS))
@@ -223,13 +227,13 @@ def prior_mask(query_BChw: Tensor, deep_BKChw: Tensor) -> Tensor:
 
 
 class PFENet(Method):
-    """Takes any number of shots, and image sides of 8n + 1, which put a feature position on every eighth pixel.
+    """Supports any number of shots. Image sides must be 8n + 1, which puts a feature position on every eighth pixel.
 
     Args:
-        backbone: whose stages take the feature maps of one another (ResNets, VGG); published:
-            `DilatedResNetBackbone`.
+        backbone: a convolutional network; published: `DilatedResNetBackbone`.
         bins: see `PyramidHead`.
-        batchnorm: of the frozen backbone while training: "train" as published, "eval" to keep its stored statistics.
+        batchnorm: how the frozen backbone's BatchNorm layers work in training: "train", as published, uses the batch's
+            statistics and updates the stored ones; "eval" uses the stored ones.
 
     Example:
         >>> import torch
@@ -259,19 +263,19 @@ class PFENet(Method):
             )
 
     def features(self, query: Tensor, support: Tensor, support_masks: Tensor) -> tuple[Features, Features]:
-        """Queries apart from supports, so that batch statistics are of either, and layer4 is not computed in vain."""
+        """Passes queries and supports separately: each have their own batch statistics, and supports skip layer4."""
         query_feats = self.backbone_pass(query, self.query_reads)
         support_feats = self.backbone_pass(support.flatten(0, 1), self.support_reads)
         return self.chosen(query_feats, support_feats, support, support_masks)
 
     def backbone_pass(self, images: Tensor, reads: Reads) -> Features:
-        if self.batchnorm == "train" and self.training:  # features of a batch, which no cache can give
+        if self.batchnorm == "train" and self.training:  # features depend on the batch: no cache
             with torch.no_grad():
                 return self.backbone.computed(images, self.backbone.checked(reads))
         return super().backbone_pass(images, reads)
 
     def of_supports(self, support_feats: Features, support: Tensor, support_masks: Tensor) -> Features:
-        """Adds "layer4_masked": layer4 of layer3, masked."""
+        """Adds "layer4_masked", the output of layer4 for masked layer3 features."""
         layer3 = self.backbone.activated(support_feats["layer3"][-1])
         mask_N1hw = mask_at(support_masks, layer3).flatten(0, 1)[:, None]
         with torch.no_grad():
@@ -280,17 +284,20 @@ class PFENet(Method):
         return super().of_supports(support_feats, support, support_masks) | {"layer4_masked": [deep]}
 
     def saved(self) -> set[str]:
-        """With the backbone's statistics, where training changes them."""
+        """Includes the statistics of the backbone's BatchNorm layers if training changes them."""
         moving = {name for name, _ in self.named_buffers() if name.startswith("backbone.trunk.")}
         return super().saved() | (moving if self.batchnorm == "train" else set())
 
 
 def from_release(state_dict: Mapping[str, Tensor], bins: Sequence[float] = BINS) -> PFENetHead:
-    """The head, in eval mode, from the authors' tensor names.
+    """Builds the head from the tensors of the authors' program.
 
     Args:
-        state_dict: a whole checkpoint; the backbone's tensors are ignored.
+        state_dict: a checkpoint; the backbone's tensors are ignored.
         bins: see `PyramidHead`.
+
+    Returns:
+        The head in eval mode.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of an unexpected shape.
@@ -300,24 +307,24 @@ def from_release(state_dict: Mapping[str, Tensor], bins: Sequence[float] = BINS)
 
 
 def of_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are none of the backbone's, without the prefixes of parallel training."""
+    """The tensors that are not the backbone's, without the prefixes that parallel training adds."""
     state = {re.sub(r"^(module\.|model\.)*", "", name): torch.as_tensor(value) for name, value in state_dict.items()}
     return {name: value for name, value in state.items() if not re.match(r"layer[0-4]\.", name)}
 
 
 def inputs(state: Mapping[str, Tensor], name: str) -> int:
-    """Input channels of a convolution."""
+    """The number of input channels of a convolution."""
     if name not in state or state[name].ndim != 4:
         raise CheckpointError(f"Not a checkpoint of the authors' program: no convolution '{name}'.")
     return state[name].shape[1]
 
 
 def filled(module: M, state: Mapping[str, Tensor], method: str | None = None, unread: str = "-") -> M:
-    """A head, or a trunk, with exactly these tensors, in eval mode.
+    """Loads tensors into a head or a trunk, which must have exactly these; returns it in eval mode.
 
     Args:
-        method: its name, for messages; None takes the head's.
-        unread: how names begin of the module's tensors that may be absent.
+        method: name of the method in messages; None: taken from the head's class.
+        unread: prefix of the module's tensors that may be missing.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of an unexpected shape.

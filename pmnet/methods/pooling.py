@@ -1,4 +1,4 @@
-"""Masked average pooling: one vector that stands for what a mask covers, in the forms of the methods that use it."""
+"""Masked average pooling: the mean feature of the pixels in a mask, in the variants that the methods use."""
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +9,17 @@ from pmnet.methods.base import size_of
 
 
 def only(feats: Features) -> Tensor:
-    """The feature map of the one block that a method reads."""
+    """The feature map of a method that reads a single block."""
     (blocks,) = feats.values()
     return blocks[-1]
 
 
 def masked_mean(feature_NChw: Tensor, weight_Nhw: Tensor, eps: float) -> Tensor:
-    """The weighted mean of each map over its positions, (N, C).
+    """The weighted mean of each feature map over its positions, (N, C).
 
     Args:
-        weight_Nhw: 0 or more, for instance a mask resized to the features' size.
+        feature_NChw: feature maps.
+        weight_Nhw: 0 or more, for example a mask resized to the features' size.
         eps: added to the sum of the weights, so that an empty mask gives zeros.
     """
     weight_Nhw = weight_Nhw.to(feature_NChw.dtype)
@@ -27,10 +28,14 @@ def masked_mean(feature_NChw: Tensor, weight_Nhw: Tensor, eps: float) -> Tensor:
 
 
 def mean_at_mask_size(feature_NChw: Tensor, mask_NHW: Tensor, eps: float) -> Tensor:
-    """`masked_mean` of the features after they are resized to the mask's size, (N, C).
+    """The masked mean of feature maps resized to the mask's size (bilinear, corners not aligned), (N, C).
 
-    The resizing (bilinear, corners not aligned) is linear in the features, so its transpose brings the mask to the
-    features' size instead, where the sum is the same: no map of the image's size is made.
+    Resizing is linear, so its transpose, applied to the mask, gives the same sum without feature maps of that size.
+
+    Args:
+        feature_NChw: feature maps.
+        mask_NHW: 0 or 1.
+        eps: added to the mask's area, so that an empty mask gives zeros.
     """
     (h, w), (H, W) = size_of(feature_NChw), size_of(mask_NHW)
     mask_NHW = mask_NHW.to(feature_NChw.dtype)
@@ -40,6 +45,6 @@ def mean_at_mask_size(feature_NChw: Tensor, mask_NHW: Tensor, eps: float) -> Ten
 
 
 def enlargement(h: int, H: int, like: Tensor) -> Tensor:
-    """(h, H): what each of h positions adds to each of the H that they are resized to."""
+    """The matrix (h, H) that resizes h positions to H."""
     positions = torch.eye(h, dtype=like.dtype, device=like.device)[None]
     return F.interpolate(positions, H, mode="linear", align_corners=False)[0]

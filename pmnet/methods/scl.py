@@ -1,10 +1,11 @@
-"""SCL on PFENet: two prototypes, of what the network finds of the support's object and of what it overlooks.
+"""SCL on PFENet: two prototypes, one for the part of the support's object that the network finds, one for the rest.
 
 Zhang, Xiao, Qin, "Self-Guided and Cross-Guided Learning for Few-Shot Segmentation", CVPR 2021. Published program:
 github.com/zbf1991/SCL at 872233a, folder SCL_PFENet, no licence; this code was written from a description of it.
 
-The pyramid of PFENet first segments the support by its own mean: self-guidance. Several shots are answered one by one,
-and an answer counts as much as its prototypes segment the supports well: cross-guidance.
+PFENet's pyramid first segments the support with its own mean feature, which splits its object in two: self-guidance.
+With several shots, each gives an answer of its own, weighted by how well its prototypes segment all supports:
+cross-guidance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,17 +39,17 @@ from pmnet.methods.pfenet import (
 )
 from pmnet.methods.pooling import masked_mean
 
-SHARE = 5  # what the weighted sum over the shots is divided by, however many they are
+SHARE = 5  # divides the weighted sum over the shots, for any number of them
 
 
 class Seen(NamedTuple):
-    """What is remembered of B episodes.
+    """What the head keeps of the supports of B episodes.
 
     Attributes:
-        primary: (B, K, 256), of the part of each object that is found.
-        auxiliary: (B, K, 256), of the part that is overlooked.
-        deep: (B, K, C, hs, ws), layer4 of the object alone.
-        weight: (B, K), of the answer by each shot.
+        primary: (B, K, 256), the prototype of the part of each object that is found.
+        auxiliary: (B, K, 256), the prototype of the part that is missed.
+        deep: (B, K, C, hs, ws), layer4 features of the object, 0 elsewhere.
+        weight: (B, K), the weight of each shot's logits.
     """
 
     primary: Tensor
@@ -58,7 +59,14 @@ class Seen(NamedTuple):
 
 
 class Guided(NamedTuple):
-    """A support segmented by its own mean, and what follows for N supports: map (N, 256, h, w), vectors (N, 256)."""
+    """N supports segmented with their own mean features, and the resulting prototypes.
+
+    Attributes:
+        feature: (N, 256, h, w).
+        out: the pyramid's output.
+        primary: (N, 256).
+        auxiliary: (N, 256).
+    """
 
     feature: Tensor
     out: Enriched
@@ -67,9 +75,10 @@ class Guided(NamedTuple):
 
 
 class SCLHead(PyramidHead):
-    """
+    """The learned part of SCL.
+
     Args:
-        middle_channels: of layer2 and layer3 together.
+        middle_channels: channels of layer2 and layer3 together.
         bins: see `PyramidHead`.
     """
 
@@ -83,10 +92,11 @@ class SCLHead(PyramidHead):
     # Supports
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Seen:
-        """
+        """Segments each support, and computes two prototypes and the weight of each.
+
         Args:
-            support_feats: "layer2", "layer3", and as "layer4_masked" what layer4 makes of the masked layer3.
-            support_masks: see `Head.see`.
+            support_feats: "layer2", "layer3", and "layer4_masked", the output of layer4 for masked layer3 features.
+            support_masks: (B, K, H, W), 0 or 1.
         """
         guided = self.self_guided(support_feats, support_masks)
         return self.remembered(guided, support_feats, support_masks)
@@ -99,13 +109,13 @@ class SCLHead(PyramidHead):
         return Seen(primary, auxiliary, deep, weight)
 
     def self_guided(self, support_feats: Features, support_masks: Tensor) -> Guided:
-        """Segments each support by the mean of its object; its parts are told apart by that."""
+        """Segments each support with its object's mean feature, and computes prototypes of the parts found and missed."""
         feature_NChw = self.down_supp(middle(flat(support_feats)))
         mask_Nhw = mask_at(support_masks, feature_NChw).flatten(0, 1)
         mean_NC = masked_mean(feature_NChw, mask_Nhw, EPS)
         out = self.of_support(feature_NChw, mean_NC, mean_NC)
         found_Nhw = out.logits.argmax(dim=1) == 1
-        parts = ((mask_Nhw == 1) & found_Nhw, (mask_Nhw == 1) & ~found_Nhw)  # a soft edge is in neither
+        parts = ((mask_Nhw == 1) & found_Nhw, (mask_Nhw == 1) & ~found_Nhw)  # soft edges are in neither
         return Guided(feature_NChw, out, *(masked_mean(feature_NChw, part, EPS) for part in parts))
 
     def of_support(
@@ -118,7 +128,7 @@ class SCLHead(PyramidHead):
         return self.enriched(merged, size_of(feature_NChw), earlier)
 
     def weights(self, guided: Guided, support_masks: Tensor) -> Tensor:
-        """How well each shot's vectors segment all supports, (B, K): the mean IoU, divided by 5."""
+        """How well each shot's prototypes segment all supports, (B, K): the mean IoU, divided by 5."""
         B, K = support_masks.shape[:2]
         mask_BKHW = support_masks == 1
         scores = []
@@ -135,12 +145,12 @@ class SCLHead(PyramidHead):
     # Queries
 
     def segment(self, query_feats: Features, seen: Seen, size: tuple[int, int]) -> Tensor:
-        """Logits (B, 2, H, W); of several shots the weighted sum. Reads "layer2", "layer3" and "layer4"."""
+        """Logits (B, 2, H, W), from "layer2", "layer3" and "layer4" of the query; a weighted sum over the shots."""
         logits_BK2hw = self.outputs(query_feats, seen).logits.unflatten(0, seen.weight.shape)
         return resize(torch.einsum("bkchw,bk->bchw", logits_BK2hw, seen.weight), size)
 
     def outputs(self, query_feats: Features, seen: Seen) -> Enriched:
-        """By each shot alone; axis B * K."""
+        """The pyramid's output for each shot separately; first axis B * K."""
         K = seen.weight.shape[1]
         query_BChw = self.down_query(middle(query_feats))
         prior_N1hw = prior_mask(query_feats["layer4"][-1], seen.deep).flatten(0, 1)[:, None]
@@ -159,8 +169,8 @@ class SCLHead(PyramidHead):
         query_mask: Tensor,
         criterion: Criterion,
     ) -> Tensor:
-        """Of the query, of the support by its own mean, and of the support by its two vectors; of each as much of the
-        scales' answers, on average."""
+        """The criterion of the query, of the support segmented with its mean feature, and of the support segmented with
+        its two prototypes; for each, plus the mean of the criterion over the scales."""
         if support_masks.shape[1] != 1:
             raise SettingError("SCL trains on 1-shot episodes; the same weights answer any shots. Set train_shot=1.")
         guided = self.self_guided(support_feats, support_masks)
@@ -176,21 +186,21 @@ class SCLHead(PyramidHead):
 
 
 def mean_iou(pred: Tensor, truth: Tensor) -> Tensor:
-    """The mean of the IoU of background and foreground, both (..., H, W) bool -> (...); an empty union counts 0."""
+    """The mean of foreground and background IoU of masks (..., H, W) bool; the IoU is 0 if the union is empty."""
     sides = ((pred, truth), (~pred, ~truth))
     ious = ((p & t).sum((-2, -1)) / (p | t).sum((-2, -1)).clamp(min=1) for p, t in sides)
     return torch.stack(list(ious)).mean(dim=0)
 
 
 class SCL(PFENet):
-    """Takes any number of shots, of which it trains with one, and image sides of 8n + 1, which put a feature position
-    on every eighth pixel. K shots cost K passes of the head for each query, and K * K once for the supports.
+    """Supports any number of shots at test, and trains with one. Image sides must be 8n + 1, which puts a feature
+    position on every eighth pixel. K shots take K forward passes of the head per query, and K * K once for the supports.
 
     Args:
-        backbone: whose stages take the feature maps of one another (ResNets, VGG); published:
-            `DilatedResNetBackbone`.
+        backbone: a convolutional network; published: `DilatedResNetBackbone`.
         bins: see `PyramidHead`.
-        batchnorm: of the frozen backbone while training: "train" as published, "eval" to keep its stored statistics.
+        batchnorm: how the frozen backbone's BatchNorm layers work in training: "train", as published, uses the batch's
+            statistics and updates the stored ones; "eval" uses the stored ones.
 
     Example:
         >>> import torch
@@ -205,11 +215,14 @@ class SCL(PFENet):
 
 
 def from_release(state_dict: Mapping[str, Tensor], bins: Sequence[float] = BINS) -> SCLHead:
-    """The head, in eval mode, from the authors' tensor names.
+    """Builds the head from the tensors of the authors' program.
 
     Args:
-        state_dict: a whole checkpoint; the backbone's tensors are ignored.
+        state_dict: a checkpoint; the backbone's tensors are ignored.
         bins: see `PyramidHead`.
+
+    Returns:
+        The head in eval mode.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of an unexpected shape.

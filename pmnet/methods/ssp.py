@@ -1,11 +1,11 @@
-"""SSP: self-support matching, by prototypes that the query makes of itself.
+"""SSP: self-support matching, with prototypes from the query itself.
 
 Fan et al., "Self-Support Few-Shot Semantic Segmentation", ECCV 2022. Published program: github.com/fanq15/SSP at
 df5bd49, MIT licence; this code was written from a description of it.
 
-The supports' two prototypes give a first answer. Where it is sure, the query's own features make new prototypes, which
-fit the query better; the background's differ from position to position. Nothing is added to the backbone: its layer2
-and layer3 are trained.
+The supports' two prototypes give a first answer. Where it is confident, the query's own features become new prototypes,
+which fit the query better; those of the background differ from position to position. There are no new layers: layer2
+and layer3 of the backbone are trained.
 """
 
 import re
@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmnet.backbones import Backbone, Features
-from pmnet.backbones.dilated import DilatedResNetBackbone, names_of_timm
+from pmnet.backbones.dilated import DilatedResNetBackbone, build_trunk, names_of_timm
 from pmnet.backbones.weights import Provenance, state_hash
-from pmnet.errors import SettingError
 from pmnet.methods.base import Criterion, Head, Method, resize, scored, size_of
 from pmnet.methods.pfenet import filled
 from pmnet.methods.pooling import masked_mean, only
@@ -27,23 +26,22 @@ from pmnet.methods.pooling import masked_mean, only
 EPS = 1e-5
 SCALE = 10.0  # of cosines as logits
 SHARPNESS = 2.0  # of the attention that makes the adaptive background prototypes
-SURE_FOREGROUND, SURE_BACKGROUND = 0.7, 0.6  # probabilities above which a position supports its query
-AT_LEAST = 12  # positions, where none is above
-TRAINED = ("layer2", "layer3")
+CONFIDENT_FOREGROUND, CONFIDENT_BACKGROUND = 0.7, 0.6  # probabilities above which a position supports its query
+FALLBACK = 12  # positions, if none is above
 
 
 class Prototypes(NamedTuple):
-    """Of each episode's two sides: vectors (B, C, 1, 1), or one for each position (B, C, h, w)."""
+    """Foreground and background of each episode: one vector (B, C, 1, 1), or one per position (B, C, h, w)."""
 
     foreground: Tensor
     background: Tensor
 
 
 class SSPHead(Head):
-    """Reads the last block of one stage; has no parameters.
+    """Matches features of one stage with prototypes. It has no parameters.
 
     Args:
-        refine: match twice (as published) or once.
+        refine: match twice, as in the published results, or once.
     """
 
     def __init__(self, refine: bool = True) -> None:
@@ -51,7 +49,7 @@ class SSPHead(Head):
         self.refine = refine
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Prototypes:
-        """The means over the shots of the prototypes of each."""
+        """The prototypes of the supports, averaged over the shots."""
         each = prototypes(*supports(support_feats, support_masks))
         B, K = support_masks.shape[:2]
         return Prototypes(*(side.unflatten(0, (B, K)).mean(dim=1) for side in each))
@@ -60,7 +58,7 @@ class SSPHead(Head):
         return resize(self.answers(only(query_feats), seen)[-1], size)
 
     def answers(self, query_BChw: Tensor, seen: Prototypes) -> list[Tensor]:
-        """Logits (B, 2, h, w) after the first matching and, if wanted, after the second."""
+        """Logits (B, 2, h, w) after the first matching and, if `refine`, after the second."""
         out_0 = matched(query_BChw, seen)
         first = self_support(query_BChw, out_0)
         once = Prototypes(0.5 * seen.foreground + 0.5 * first.foreground, first.background)
@@ -81,7 +79,8 @@ class SSPHead(Head):
         query_mask: Tensor,
         criterion: Criterion,
     ) -> Tensor:
-        """Of each matching, of the query matched by its own true mask, and of the supports matched by theirs."""
+        """The criterion of each matching, plus that of the query matched with prototypes from its own true mask, plus 0.2
+        times that of the supports matched with their own prototypes."""
         query_BChw, size = only(query_feats), size_of(query_mask)
         outputs = self.answers(query_BChw, self.see(support_feats, support_masks))
         outputs.append(matched(query_BChw, prototypes(query_BChw, query_mask)))
@@ -92,12 +91,12 @@ class SSPHead(Head):
 
 
 def supports(support_feats: Features, support_masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (B * K, C, h, w) and masks (B * K, H, W) of all supports."""
+    """Features (B * K, C, h, w) and masks (B * K, H, W) of the supports."""
     return only(support_feats).flatten(0, 1), support_masks.flatten(0, 1)
 
 
 def prototypes(feature_NChw: Tensor, mask_NHW: Tensor) -> Prototypes:
-    """Of the pixels that are 1 and of those that are 0; 255 belongs to neither."""
+    """Masked means of the pixels that are 1 and of those that are 0; pixels marked 255 are in neither."""
     size = size_of(feature_NChw)
     sides = ((mask_NHW == side).to(feature_NChw.dtype)[:, None] for side in (1, 0))
     means = (masked_mean(feature_NChw, resize(side, size)[:, 0], EPS) for side in sides)
@@ -105,26 +104,26 @@ def prototypes(feature_NChw: Tensor, mask_NHW: Tensor) -> Prototypes:
 
 
 def matched(feature_NChw: Tensor, by: Prototypes) -> Tensor:
-    """Cosines with the prototypes as logits (N, 2, h, w), background first."""
+    """Logits (N, 2, h, w): cosine similarities with the prototypes, background first."""
     sides = (by.background, by.foreground)
     return SCALE * torch.stack([F.cosine_similarity(feature_NChw, side, dim=1) for side in sides], dim=1)
 
 
 def self_support(query_BChw: Tensor, out_B2hw: Tensor) -> Prototypes:
-    """What the query makes of the positions where an answer is sure."""
+    """Prototypes from the query's own features, where an answer is confident."""
     query_BCQ, p_B2Q = query_BChw.flatten(2), out_B2hw.softmax(dim=1).flatten(2)
-    background_BQ = sure(p_B2Q[:, 0], SURE_BACKGROUND)
-    means_BC = (mean_of(query_BCQ, chosen) for chosen in (sure(p_B2Q[:, 1], SURE_FOREGROUND), background_BQ))
+    background_BQ = confident(p_B2Q[:, 0], CONFIDENT_BACKGROUND)
+    means_BC = (mean_of(query_BCQ, chosen) for chosen in (confident(p_B2Q[:, 1], CONFIDENT_FOREGROUND), background_BQ))
     foreground, background = (mean_BC[..., None, None] for mean_BC in means_BC)
     adaptive_BChw = attended(query_BCQ, background_BQ).unflatten(2, size_of(query_BChw))
     return Prototypes(foreground, 0.3 * background + 0.7 * adaptive_BChw)
 
 
-def sure(p_BQ: Tensor, threshold: float) -> Tensor:
-    """The positions above the threshold, (B, Q) bool; where an episode has none, the surest."""
+def confident(p_BQ: Tensor, threshold: float) -> Tensor:
+    """The positions above the threshold, (B, Q) bool; for an episode without any, the 12 most confident."""
     above_BQ = p_BQ > threshold
-    surest_BQ = torch.zeros_like(above_BQ).scatter(1, p_BQ.topk(min(AT_LEAST, p_BQ.shape[1])).indices, True)
-    return torch.where(above_BQ.any(dim=1, keepdim=True), above_BQ, surest_BQ)
+    best_BQ = torch.zeros_like(above_BQ).scatter(1, p_BQ.topk(min(FALLBACK, p_BQ.shape[1])).indices, True)
+    return torch.where(above_BQ.any(dim=1, keepdim=True), above_BQ, best_BQ)
 
 
 def mean_of(feature_BCQ: Tensor, chosen_BQ: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ def mean_of(feature_BCQ: Tensor, chosen_BQ: Tensor) -> Tensor:
 
 
 def attended(feature_BCQ: Tensor, chosen_BP: Tensor) -> Tensor:
-    """For each position the mean of the chosen ones, (B, C, Q), weighted by how like they are to it."""
+    """For each position, the mean of the chosen ones weighted by their similarity to it, (B, C, Q)."""
     unit_BCQ = F.normalize(feature_BCQ, dim=1)
     like_BQP = SHARPNESS * unit_BCQ.transpose(1, 2) @ unit_BCQ
     weight_BQP = like_BQP.masked_fill(~chosen_BP[:, None], -torch.inf).softmax(dim=2)
@@ -142,15 +141,14 @@ def attended(feature_BCQ: Tensor, chosen_BP: Tensor) -> Tensor:
 
 
 class SSP(Method):
-    """Takes any number of shots and any image sides. Trains the convolutions of layer2 and layer3.
+    """Supports any number of shots and any image sides. Trains the convolutions of layer2 and layer3.
 
     Args:
-        backbone: a ResNet, whose stages are named layer1, ...; published: `DilatedResNetBackbone` with
-            dilation="torchvision".
-        refine: see `SSPHead`.
+        backbone: a ResNet or VGG; published: `DilatedResNetBackbone` with dilation="torchvision".
+        refine: match twice, as in the published results, or once.
 
     Raises:
-        SettingError: the backbone is no ResNet.
+        SettingError: the backbone has no layer2 or layer3 to train.
 
     Example:
         >>> import torch
@@ -163,27 +161,24 @@ class SSP(Method):
 
     query_reads = support_reads = {"layer3": "last"}
     side_multiple = 1
-    learned_layers = TRAINED
+    learned_layers = ("layer2", "layer3")
 
     def __init__(self, backbone: Backbone, refine: bool = True) -> None:
-        parts = dict(backbone.trunk.named_children())
-        if not parts.keys() >= set(TRAINED):
-            raise SettingError(
-                f"SSP trains layer2 and layer3 of a ResNet, which {type(backbone).__name__} does not have. Choose "
-                "another backbone, such as backbone=resnet50s."
-            )
         super().__init__(backbone, SSPHead(refine))
         for module in backbone.trunk.modules():
-            if isinstance(module, nn.BatchNorm2d):  # its weights stay as they are, like its statistics
+            if isinstance(module, nn.BatchNorm2d):  # neither its weights nor its statistics change
                 module.requires_grad_(False)
 
 
 def from_release(state_dict: Mapping[str, Tensor], refine: bool = True) -> SSP:
-    """The network, in eval mode, from the authors' tensor names: all of it is the backbone.
+    """Builds the whole network from the tensors of the authors' program: all that is learned is in its backbone.
 
     Args:
-        state_dict: a whole checkpoint of a ResNet-50 or ResNet-101.
-        refine: see `SSPHead`.
+        state_dict: a checkpoint with ResNet-50 or ResNet-101.
+        refine: match twice, as in the published results, or once.
+
+    Returns:
+        The method in eval mode.
 
     Raises:
         CheckpointError: a tensor up to layer3 is missing, unknown, or of an unexpected shape.
@@ -191,7 +186,6 @@ def from_release(state_dict: Mapping[str, Tensor], refine: bool = True) -> SSP:
     state = names_of_timm({name: torch.as_tensor(value) for name, value in state_dict.items()})
     blocks = len({m[1] for name in state if (m := re.match(r"layer3\.(\d+)\.", name))})
     name = "resnet101s" if blocks > 6 else "resnet50s"
-    backbone = DilatedResNetBackbone(name, "none", dilation="torchvision")
-    filled(backbone.trunk, state, "SSP", unread="layer4.")  # their network ends before it
-    backbone.provenance = Provenance(name, "release", "SSP's authors", state_hash(backbone.trunk.state_dict()))
-    return SSP(backbone, refine).eval()
+    trunk = filled(build_trunk(name, "torchvision"), state, "SSP", unread="layer4.")  # their network ends before it
+    provenance = Provenance(name, "release", "SSP's authors", state_hash(state))
+    return SSP(DilatedResNetBackbone.around(trunk, provenance), refine).eval()
