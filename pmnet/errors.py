@@ -1,20 +1,29 @@
-"""The errors that a user can mend. Each message says what is wrong, where, and what to do."""
+"""Errors the user can fix. Each message says what is wrong, where, and what to do.
+
+Example:
+    >>> from pmnet import SmallBackbone
+    >>> try:
+    ...     SmallBackbone("imagenet")
+    ... except PMNetError as error:
+    ...     print(error)
+    Backbone small has no weights named 'imagenet'. Choose backbone.weights=quickstart|none or the path of a file.
+"""
 
 
 class PMNetError(Exception):
-    """Base of the errors below: shown as one message, without a traceback."""
+    """Base class of the errors below; the commands print the message alone, without a traceback."""
 
 
 class SettingError(PMNetError, ValueError):
-    """An option has a value that it cannot have."""
+    """An option has an invalid value."""
 
 
 class WeightsError(PMNetError):
-    """Backbone weights are missing, damaged, or belong to another backbone."""
+    """Weights are missing, damaged, or belong to another network."""
 
 
 class CheckpointError(PMNetError):
-    """A checkpoint cannot be read, written, or does not fit the network."""
+    """A checkpoint cannot be read or written, or does not fit the network."""
 
 
 class ImageError(PMNetError):
@@ -22,4 +31,4 @@ class ImageError(PMNetError):
 
 
 class NonFiniteLossError(PMNetError):
-    """The loss became NaN or infinite; names the episodes that did it."""
+    """The loss or the weights became NaN or infinite during training."""

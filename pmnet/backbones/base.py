@@ -1,4 +1,4 @@
-"""What methods ask of a backbone: features of its blocks, the blocks they name and no others."""
+"""The interface of all backbones: images in, features of the requested blocks out."""
 
 import functools
 from abc import ABC, abstractmethod
@@ -14,28 +14,36 @@ from pmnet.errors import SettingError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
-Reads = Mapping[str, Literal["all", "last"]]  # layer -> which of its blocks
+Reads = Mapping[str, Literal["all", "last"]]  # layer -> which of its blocks to return
 
 
 class Backbone(nn.Module, ABC):
-    """Extractor of per-block features in four stages, "layer1".."layer4", at strides 4, 8, 16 and 32 unless a subclass
-    says otherwise.
+    """Extracts features of every block in four stages, "layer1" to "layer4".
 
-    A subclass sets the attributes below and writes `stem` and `stage`.
+    The strides are 4, 8, 16 and 32 unless a subclass says otherwise. A subclass sets `channels`, `blocks`, `provenance`
+    and `trunk`, and implements `stem` and `stage`.
 
     Attributes:
-        channels: feature channels of each layer.
-        blocks: number of blocks of each layer.
-        provenance: which weights these are; part of every result and checkpoint.
-        trunk: the network itself, whose `state_dict` the weights are.
-        cache: of features, used while the whole backbone is frozen.
-        compiled: whether torch.compile works on the stages.
+        channels: layer -> number of feature channels.
+        blocks: layer -> number of blocks.
+        provenance: source of the weights; stored in every result and checkpoint.
+        trunk: the network that holds the weights.
+        cache: cache of features, used while the whole backbone is frozen; None computes every feature.
+        compiled: run the stages through torch.compile.
+
+    Example:
+        >>> import torch
+        >>> from pmnet import SmallBackbone
+        >>> backbone = SmallBackbone("quickstart").freeze()
+        >>> features = backbone(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), {"layer2": "last", "layer3": "all"})
+        >>> {layer: [tuple(feature.shape) for feature in blocks] for layer, blocks in features.items()}
+        {'layer2': [(1, 48, 8, 12)], 'layer3': [(1, 96, 4, 6), (1, 96, 4, 6)]}
     """
 
     channels: dict[str, int]
     blocks: dict[str, int]
     provenance: Provenance
-    trunk: Any  # torchvision, timm and our own networks share no type
+    trunk: Any  # networks of torchvision, timm and this package have no common type
     cache: FeatureCache | None = None
     compiled: bool = False
     mean: Tensor
@@ -44,42 +52,51 @@ class Backbone(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.frozen = False
-        self.learned: tuple[str, ...] = ()  # parts of the trunk that are trained all the same
+        self.learned: tuple[str, ...] = ()  # parts of the trunk that are trained although the rest is frozen
         self.known: tuple[list[tuple[int, int]], str] | None = None  # versions of the weights, and their hash
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
-    # What a subclass writes
+    # Implemented by subclasses
 
     @abstractmethod
     def stem(self, images: Tensor) -> Any:
-        """(B, 3, H, W) normalised -> what the first stage takes."""
+        """Computes the input of the first stage.
+
+        Args:
+            images: (B, 3, H, W) float, normalised.
+        """
 
     @abstractmethod
     def stage(self, layer: str, x: Any) -> tuple[list[Tensor], Any]:
-        """Runs one stage on what the stage before it handed on.
+        """Runs one stage.
+
+        Args:
+            layer: "layer1" to "layer4".
+            x: the output of the stem or of the previous stage.
 
         Returns:
-            The features of its blocks, each (B, C, h, w), and what the next stage takes.
+            The features of the stage's blocks, each (B, C, h, w), and the input of the next stage.
         """
 
     def activated(self, feature: Tensor) -> Tensor:
-        """What a block hands on to the next, made of its feature: in a ResNet the feature after the last ReLU."""
+        """The input of the next block, given a block's feature: in a ResNet, the feature after the last ReLU."""
         return feature
 
     # Features
 
     def forward(self, images: Tensor, reads: Reads | None = None) -> Features:
-        """
+        """Computes features, or takes them from the cache.
+
         Args:
-            images: (B, 3, H, W); uint8 is normalised here, on its device; float is taken as normalised.
+            images: (B, 3, H, W); uint8 in 0..255, or float already normalised with ImageNet's mean and std.
             reads: layer -> "all" or "last", the blocks to return; None returns every block.
 
         Returns:
             layer -> list of (B, C, h, w), in the order of the blocks.
 
         Raises:
-            SettingError: a layer that this backbone does not have.
+            SettingError: the backbone does not have one of the layers.
         """
         reads = self.checked(dict.fromkeys(self.blocks, "all") if reads is None else reads)
         compute = functools.partial(self.computed, reads=reads)
@@ -89,11 +106,13 @@ class Backbone(nn.Module, ABC):
         return self.cache(images, f"{self.identity()} {sorted(reads.items())}", compute)
 
     def computed(self, images: Tensor, reads: Reads) -> Features:
+        """The features, without the cache. Arguments as in `forward`."""
         if images.dtype == torch.uint8:
             images = ((images / 255 - self.mean) / self.std).to(self.mean.dtype)
         return (compiled() if self.compiled else stages)(self, images, reads)
 
     def checked(self, reads: Reads) -> Reads:
+        """Returns `reads`. Raises SettingError if the backbone does not have one of its layers."""
         unknown = [layer for layer in reads if layer not in self.blocks]
         if unknown:
             raise SettingError(
@@ -103,7 +122,7 @@ class Backbone(nn.Module, ABC):
         return reads
 
     def identity(self) -> str:
-        """Names what determines the features: the kind of backbone, and a hash of its weights as they are now."""
+        """The class and a hash of the current weights: together they determine the features of an image."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors.values()]
         if self.known is None or self.known[0] != versions:
@@ -113,20 +132,38 @@ class Backbone(nn.Module, ABC):
     # Training
 
     def freeze(self, but: Sequence[str] = ()) -> Self:
-        """No gradients, and eval mode whatever `train()` is called from here on.
+        """Turns off gradients and keeps eval mode, even if `train()` is called later.
 
         Args:
-            but: parts of the trunk, such as "layer3", whose parameters are trained all the same. Their BatchNorm
-                layers stay in eval mode.
+            but: parts of the trunk whose parameters are trained nevertheless, such as "layer3". Their BatchNorm layers
+                stay in eval mode too.
+
+        Returns:
+            The backbone itself.
+
+        Raises:
+            SettingError: the trunk has no part of that name.
         """
+        trained = [self.part(name) for name in but]
         self.learned, self.frozen = tuple(but), not but
         self.requires_grad_(False)
-        for name in but:
-            self.trunk.get_submodule(name).requires_grad_(True)
+        for part in trained:
+            part.requires_grad_(True)
         return super().train(False)
 
+    def part(self, name: str) -> nn.Module:
+        """The part of the trunk with this name, such as "layer3"."""
+        try:
+            return self.trunk.get_submodule(name)
+        except AttributeError as error:
+            own = ", ".join(part for part, _ in self.trunk.named_children())
+            raise SettingError(
+                f"{type(self).__name__} has no part {name} to train; it has {own}. The method that trains {name} needs "
+                "a ResNet-like backbone: choose backbone=resnet50, for example."
+            ) from error
+
     def frozen_names(self) -> set[str]:
-        """Names in the state dict of what is not trained."""
+        """Names of the tensors in the state dict that are not trained."""
         learned = tuple(f"trunk.{name}." for name in self.learned)
         return {name for name in self.state_dict() if not (learned and name.startswith(learned))}
 
@@ -134,14 +171,14 @@ class Backbone(nn.Module, ABC):
         return super().train(mode and not self.frozen and not self.learned)
 
     def train_batchnorm(self, mode: bool) -> None:
-        """Puts the BatchNorm layers alone into training mode: they use the batch's statistics and update their own."""
+        """Sets only the BatchNorm layers to training mode: they normalise by the batch and update their statistics."""
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(mode)
 
 
 def stages(backbone: Backbone, images: Tensor, reads: Reads) -> Features:
-    """The features that are read; stages deeper than these are not computed."""
+    """Computes the requested features. Deeper stages are not run."""
     features: Features = {}
     x = backbone.stem(images)
     for layer in backbone.blocks:
@@ -159,7 +196,7 @@ def compiled() -> Callable[[Backbone, Tensor, Reads], Features]:
 
 
 def union(*reads: Reads) -> Reads:
-    """What all of them read."""
+    """The smallest request that covers all of them."""
     together: dict[str, Literal["all", "last"]] = {}
     for layer in LAYERS:
         asked = {r[layer] for r in reads if layer in r}

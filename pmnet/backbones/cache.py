@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, kept, so that an image passes through it once however often it is drawn."""
+"""A cache of a frozen backbone's features: each image passes through the backbone once, however often it is sampled."""
 
 import hashlib
 import logging
@@ -17,30 +17,44 @@ from torch import Tensor
 from pmnet.memory import free_memory, free_memory_of
 from pmnet.version import VERSION
 
-SPARE = 4e9  # bytes of memory that are left to everything else
+SPARE = 4e9  # bytes of memory that the cache leaves free
 
 Features = dict[str, list[Tensor]]
-Entry = dict[str, Tensor]  # of one image: "layer3.5" -> (h, w, C)
+Entry = dict[str, Tensor]  # features of one image: "layer3.5" -> (h, w, C)
 
 log = logging.getLogger(__name__)
 
 
 class FeatureCache:
-    """Finds an image's features by what shapes them: its pixels, the weights, the precision and the kind of device.
+    """Stores features by everything that determines them: pixels, weights, precision and kind of device.
 
-    They stay on the network's device while `device_gb` and its memory last. With a `folder` they are written there too,
-    a file an image, read through a memory map and found by every process that has the same folder, now or later.
-    Otherwise, or when `disk_gb` are full, they stay in the host's memory (pinned, where there is a GPU) while `host_gb`
-    and free memory last. What has no room is computed each time. An image of 384x384 takes 32 MB of a ResNet-50's
-    features, half of that in bfloat16.
+    Features go to the first place with room:
 
-    A copy of a cache, and what is pickled of it, is empty.
+    1. a GPU, up to `device_gb`;
+    2. `folder`, up to `disk_gb`: one file per image, memory-mapped, shared by all processes and later runs;
+    3. this process's main memory, up to `host_gb`, pinned if there is a GPU.
+
+    Features on a GPU are also written to `folder`. If no place has room, features are computed again each time. A
+    384x384 image takes 32 MB with a ResNet-50, half of that in bfloat16.
+
+    Copying or pickling a cache gives an empty one.
 
     Args:
-        device_gb: gigabytes on a GPU, as long as another 4 stay free.
-        host_gb: gigabytes in the memory of this process, as long as another 4 stay free.
-        folder: on a fast local disk; may be deleted at any time between runs. None keeps nothing on disk.
-        disk_gb: gigabytes that this process writes to `folder` at most.
+        device_gb: gigabytes to use on a GPU; 4 GB always stay free.
+        host_gb: gigabytes to use in this process's memory; 4 GB always stay free.
+        folder: folder on a fast local disk, which you may delete between runs; None disables the disk cache.
+        disk_gb: gigabytes that this process may write to `folder`.
+
+    Example:
+        >>> import torch
+        >>> from pmnet import FeatureCache, SmallBackbone
+        >>> backbone = SmallBackbone("quickstart").freeze()
+        >>> backbone.cache = FeatureCache(host_gb=2)
+        >>> image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+        >>> backbone(image)["layer4"][0].shape
+        torch.Size([1, 128, 2, 2])
+        >>> torch.equal(backbone(image)["layer4"][0], backbone(image)["layer4"][0])  # from the cache
+        True
     """
 
     def __init__(
@@ -54,12 +68,15 @@ class FeatureCache:
         return self.__dict__ | {"room": dict(self.budget), "kept": {}}
 
     def __call__(self, images: Tensor, weights: str, compute: Callable[[Tensor], Features]) -> Features:
-        """The features of B images; those not known yet are computed in one pass.
+        """Looks up the features of B images; those not cached yet are computed in one forward pass.
 
         Args:
-            images: (B, 3, H, W), B > 0.
-            weights: names the backbone and its weights.
-            compute: the backbone: images -> layer -> list of (B, C, h, w).
+            images: (B, 3, H, W), any dtype, B > 0.
+            weights: identifies the backbone, its weights and the requested blocks.
+            compute: the backbone's forward pass, images -> layer -> list of (B, C, h, w).
+
+        Returns:
+            layer -> list of (B, C, h, w), channels last in memory.
         """
         keys = self.keys(images, weights)
         found = {key: entry for key in set(keys) if (entry := self.find(key, images.device)) is not None}
@@ -77,6 +94,7 @@ class FeatureCache:
         return together([found[key] for key in keys], images.device)
 
     def keys(self, images: Tensor, weights: str) -> list[str]:
+        """One hash per image."""
         kind = images.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else "as given"
         text = f"{VERSION} {weights} {tuple(images.shape[1:])} {images.dtype} {precision} {kind} {torch.__version__}"
@@ -85,18 +103,19 @@ class FeatureCache:
         return [hashlib.blake2b(image.numpy(), digest_size=20, key=salt).hexdigest() for image in pixels]
 
     def find(self, key: str, device: torch.device) -> Entry | None:
+        """The features from memory or disk; None if they are not cached."""
         if key in self.kept or self.folder is None:
             return self.kept.get(key)
         try:
             with safe_open(self.path(key), "pt") as file:
-                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
                 sums = file.metadata()
             if sums != check_sums(entry):
-                raise SafetensorError("its content is not what was written")
+                raise SafetensorError("its checksums do not match")
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
-            log.warning("%s cannot be read (%s); its image passes through the backbone again.", self.path(key), error)
+            log.warning("%s cannot be read (%s). Its features are computed again.", self.path(key), error)
             return None
         if device.type != "cpu":
             entry = packed(entry, device)
@@ -104,7 +123,7 @@ class FeatureCache:
         return entry
 
     def keep(self, key: str, entry: Entry, on_disk: bool) -> None:
-        """In memory, where there is room; what is on disk needs no place in the host's."""
+        """Stores features in memory if there is room. Features on disk are not stored in main memory as well."""
         size = sum(feature.nbytes for feature in entry.values())
         device = next(iter(entry.values())).device
         if device.type != "cpu" and self.room["device"] >= size and free_memory_of(device) >= size + SPARE:
@@ -115,7 +134,11 @@ class FeatureCache:
             self.kept[key] = entry if device.type == "cpu" else packed(entry, torch.device("cpu"), pin=True)
 
     def write(self, key: str, entry: Entry) -> bool:
-        """A whole file or none; a disk that is full is told of once. Returns whether there is a file."""
+        """Writes a complete file or none. After an error, one warning is logged and no more files are written.
+
+        Returns:
+            Whether the file was written.
+        """
         size = sum(feature.nbytes for feature in entry.values())
         if self.room["disk"] < size:
             return False
@@ -130,7 +153,7 @@ class FeatureCache:
             self.room["disk"] = 0
             with suppress(OSError):
                 part.unlink()
-            log.warning("Features are not written to %s any more: %s", self.folder, error)
+            log.warning("Cannot write features to %s (%s). No more features are written to disk.", self.folder, error)
             return False
         self.room["disk"] -= size
         return True
@@ -141,7 +164,7 @@ class FeatureCache:
 
 
 def packed(entry: Entry, device: torch.device, pin: bool = False) -> Entry:
-    """A copy on a device, in one block: pinned memory comes in powers of two, a waste for each small tensor."""
+    """Copies features to a device in one block. Pinned blocks are rounded up to powers of two, so one wastes less."""
     sizes = [feature.nbytes for feature in entry.values()]
     block = torch.empty(sum(sizes), dtype=torch.uint8, device=device, pin_memory=pin)
     copy: Entry = {}
@@ -152,7 +175,7 @@ def packed(entry: Entry, device: torch.device, pin: bool = False) -> Entry:
 
 
 def check_sums(entry: Entry) -> dict[str, str]:
-    """Of what a disk may have damaged: names, shapes, and sums of their content."""
+    """Names, shapes, dtypes and sums of all features, to detect damage on disk."""
     return {
         name: f"{tuple(feature.shape)} {feature.dtype} {int(feature.view(torch.int16).sum(dtype=torch.int64))}"
         for name, feature in entry.items()
@@ -160,7 +183,7 @@ def check_sums(entry: Entry) -> dict[str, str]:
 
 
 def together(entries: list[Entry], device: torch.device) -> Features:
-    """Features of single images as a batch, layer -> list of (B, C, h, w), channels last in memory."""
+    """Batches the features of single images: layer -> list of (B, C, h, w), channels last in memory."""
     features: Features = {}
     for name in sorted(entries[0], key=lambda name: (name.split(".")[0], int(name.split(".")[1]))):
         h, w, C = entries[0][name].shape

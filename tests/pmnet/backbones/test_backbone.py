@@ -1,4 +1,4 @@
-"""Features against the libraries' own forward passes; weights that are missing, damaged, wrong or hostile."""
+"""Features against the libraries' own forward passes; weights that are missing, damaged, wrong or malicious."""
 
 import os
 from functools import partial
@@ -14,10 +14,11 @@ from torch import nn
 from torchvision.transforms.functional import normalize
 
 from pmnet import PMNet
-from pmnet.backbones import ResNetBackbone, SmallBackbone, SwinBackbone, weights
+from pmnet.backbones import EfficientNetLiteBackbone, ResNetBackbone, SmallBackbone, SwinBackbone, weights
 from pmnet.backbones.small import build_trunk
-from pmnet.backbones.weights import file_hash, load_weights
-from pmnet.errors import WeightsError
+from pmnet.backbones.weights import load_weights
+from pmnet.errors import SettingError, WeightsError
+from pmnet.files import file_hash
 from pmnet.training.pretrain import BackbonePretraining
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
@@ -36,7 +37,7 @@ LAYOUTS = [
 
 @pytest.fixture
 def hub(tmp_path):
-    """An empty folder as torch's place for downloaded weights; nothing may be fetched from the network."""
+    """An empty folder as torch's folder for downloaded weights."""
     before = torch.hub.get_dir()
     torch.hub.set_dir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
@@ -53,7 +54,7 @@ def no_network(monkeypatch):
 
 
 def randomise(trunk):
-    """Away from initial values, under which the statistics and shifts of the norms do nothing."""
+    """Changes the statistics and biases, because the norms ignore their initial values."""
     torch.manual_seed(0)
     for name, tensor in trunk.state_dict().items():
         if name.endswith(("bias", "running_mean")):
@@ -63,7 +64,7 @@ def randomise(trunk):
 
 
 def random_state(seed=1):
-    """Weights of the small backbone that are not those of `none`."""
+    """Weights of the small backbone that differ from those of `none`."""
     torch.manual_seed(seed)
     return build_trunk().state_dict()
 
@@ -77,7 +78,7 @@ def assert_holds(backbone, state):
 
 
 @pytest.mark.parametrize("build", [RESNET18, RESNET50], ids=["resnet18", "resnet50"])
-def test_resnet_features_are_the_blocks_sums_before_the_last_relu(build):
+def test_resnet_features_are_residual_sums_before_the_last_relu(build):
     backbone = build().freeze().double()
     randomise(backbone.trunk)
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
@@ -95,7 +96,7 @@ def test_resnet_features_are_the_blocks_sums_before_the_last_relu(build):
             assert (feature < 0).any()
 
 
-def test_small_backbone_has_the_sums_before_the_last_relu_of_torchvision_blocks():
+def test_small_backbone_features_are_residual_sums_of_torchvision_blocks():
     backbone = SMALL().freeze()
     randomise(backbone.trunk)
     x = images = torch.randn(2, 3, 64, 96)
@@ -112,7 +113,7 @@ def test_small_backbone_has_the_sums_before_the_last_relu_of_torchvision_blocks(
 
 
 @pytest.mark.slow
-def test_swin_features_are_the_blocks_outputs():
+def test_swin_features_are_block_outputs():
     backbone = SWIN().freeze()
     reference = timm.create_model("swin_base_patch4_window12_384", pretrained=False, num_classes=0).eval()
     reference.load_state_dict(backbone.trunk.state_dict())
@@ -131,7 +132,7 @@ def test_swin_features_are_the_blocks_outputs():
 
 
 @pytest.mark.parametrize("build, channels, blocks", LAYOUTS)
-def test_channels_blocks_and_sizes(build, channels, blocks):
+def test_features_have_the_declared_channels_blocks_and_strides(build, channels, blocks):
     backbone = build().freeze()
     assert backbone.channels == dict(zip(LAYERS, channels, strict=True))
     assert backbone.blocks == dict(zip(LAYERS, blocks, strict=True))
@@ -144,7 +145,7 @@ def test_channels_blocks_and_sizes(build, channels, blocks):
             assert all(f.isfinite().all() for f in maps)
 
 
-def test_bytes_are_normalised_as_imagenet_is():
+def test_uint8_images_are_normalised_with_imagenet_statistics():
     backbone = SMALL().freeze()
     images = torch.randint(0, 256, (2, 3, 64, 64)).to(torch.uint8)
     by_torchvision = normalize(images / 255, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
@@ -155,7 +156,7 @@ def test_bytes_are_normalised_as_imagenet_is():
 
 
 @pytest.mark.parametrize("build", [SMALL, RESNET18], ids=["small", "resnet18"])
-def test_backbone_of_a_network_stays_frozen_in_training(build):
+def test_backbone_stays_frozen_while_the_network_trains(build):
     network = PMNet(build())
     network.train()
     backbone = network.backbone
@@ -168,16 +169,36 @@ def test_backbone_of_a_network_stays_frozen_in_training(build):
     assert all(p.grad is None for p in backbone.parameters())
 
 
-def test_backbone_that_is_not_frozen_can_be_trained():
+def test_backbone_can_be_trained_unless_frozen():
     backbone = SMALL().train()
     assert all(module.training for module in backbone.modules())
     assert all(p.requires_grad for p in backbone.parameters())
 
 
+def test_named_parts_of_a_frozen_backbone_are_trained():
+    backbone = SMALL().freeze(but=["layer3", "layer4.1"]).train()
+    trained = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {
+        name for name, _ in backbone.named_parameters() if name.startswith(("trunk.layer3.", "trunk.layer4.1."))
+    }
+    assert not trained & backbone.frozen_names()
+    assert not any(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize("part", ["layer3", "blocks.9"])
+def test_training_a_part_that_the_backbone_lacks_is_refused(part):
+    backbone = EfficientNetLiteBackbone("none")
+    message = rf"EfficientNetLiteBackbone has no part {part} .*blocks.* needs a ResNet-like backbone"
+    with pytest.raises(SettingError, match=message):
+        backbone.freeze(but=["blocks.1", part])
+    assert all(p.requires_grad for p in backbone.parameters())  # unchanged
+    assert not backbone.frozen
+
+
 # Random weights
 
 
-def test_random_weights_are_the_same_every_time_and_leave_the_global_generator_alone():
+def test_random_weights_are_reproducible_and_leave_the_global_generator_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = SMALL()
@@ -197,13 +218,13 @@ def write(path, state):
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 3}])
-def test_checkpoint_of_another_program_loads(tmp_path, wrap):
+def test_file_of_another_program_loads(tmp_path, wrap):
     state = random_state()
     torch.save(wrap(state), tmp_path / "mine.pth")
     assert_holds(SmallBackbone(str(tmp_path / "mine.pth")), state)
 
 
-def test_provenance_tells_weights_apart_whatever_file_they_come_in(tmp_path):
+def test_provenance_identifies_weights_independently_of_the_file(tmp_path):
     backbones = {}
     for name, seed in (("a.pth", 1), ("a.safetensors", 1), ("b.pth", 2)):
         state = random_state(seed)
@@ -217,7 +238,7 @@ def test_provenance_tells_weights_apart_whatever_file_they_come_in(tmp_path):
     assert len({*hashes.values(), SMALL().provenance.sha256}) == 3
 
 
-def test_path_may_be_relative_or_begin_at_home(tmp_path, monkeypatch):
+def test_path_may_be_relative_or_start_with_the_home_folder(tmp_path, monkeypatch):
     state = random_state()
     write(tmp_path / "mine.pth", state)
     monkeypatch.chdir(tmp_path)
@@ -228,7 +249,7 @@ def test_path_may_be_relative_or_begin_at_home(tmp_path, monkeypatch):
         assert Path(backbone.provenance.source) == tmp_path / "mine.pth"
 
 
-def test_pretrained_backbone_comes_back_with_what_it_was_trained_on(tmp_path):
+def test_pretrained_backbone_loads_with_the_record_of_its_training(tmp_path):
     module = BackbonePretraining(SMALL(), 4, torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR)
     randomise(module.backbone.trunk)
     trained_on = {"dataset": "synthetic", "classes": ["square", "disc"]}
@@ -241,24 +262,24 @@ def test_pretrained_backbone_comes_back_with_what_it_was_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [7, None])
-def test_classifier_may_differ_or_be_absent(tmp_path, classes):
+def test_classifier_in_the_file_is_optional_and_ignored(tmp_path, classes):
     torch.manual_seed(1)
     state = torchvision.models.resnet18(num_classes=classes or 1000).state_dict()
     state = {k: v for k, v in state.items() if classes or not k.startswith("fc.")}
     torch.save(state, tmp_path / "mine.pth")
     loaded = ResNetBackbone("resnet18", str(tmp_path / "mine.pth")).trunk.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in state.items() if not k.startswith("fc."))
-    assert not any(k.startswith("fc.") for k in loaded)  # no part of a backbone, nor of its hash
+    assert not any(k.startswith("fc.") for k in loaded)  # not part of a backbone or its hash
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("headless", [False, True])
-def test_swin_file_in_the_names_of_its_authors_or_of_timm_loads(tmp_path, headless):
+def test_swin_file_with_tensor_names_of_the_authors_or_of_timm_loads(tmp_path, headless):
     torch.manual_seed(1)
     timms = timm.create_model("swin_base_patch4_window12_384", pretrained=False).state_dict()
     if headless:
         timms = {k: v for k, v in timms.items() if not k.startswith("head.")}
-    authors = {}  # who merge patches at the end of a stage, timm at the start of the next
+    authors = {}  # they merge patches at the end of a stage, timm does at the start of the next
     for name, tensor in timms.items():
         parts = name.split(".")
         if parts[0] == "layers" and parts[2] == "downsample":
@@ -271,14 +292,14 @@ def test_swin_file_in_the_names_of_its_authors_or_of_timm_loads(tmp_path, headle
         assert all(torch.equal(loaded[k], v) for k, v in timms.items() if not k.startswith("head."))
 
 
-def test_path_to_nothing_is_refused(tmp_path):
+def test_missing_file_is_reported(tmp_path):
     with pytest.raises(WeightsError, match=r"nowhere\.pth.*backbone\.weights"):
         SmallBackbone(str(tmp_path / "nowhere.pth"))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("content", ["empty", "text", "truncated"])
-def test_file_that_cannot_be_read_is_refused(tmp_path, suffix, content):
+def test_damaged_file_is_reported(tmp_path, suffix, content):
     path = tmp_path / f"mine{suffix}"
     write(path, random_state())
     whole = path.read_bytes()
@@ -288,14 +309,20 @@ def test_file_that_cannot_be_read_is_refused(tmp_path, suffix, content):
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"state_dict": 3}, {"layer1.0.conv1.weight": "text"}])
-def test_file_of_something_else_is_refused(tmp_path, content):
+def test_file_without_a_state_dict_is_reported(tmp_path, content):
     torch.save(content, tmp_path / "mine.pth")
     with pytest.raises(WeightsError, match=r"mine\.pth"):
         SmallBackbone(str(tmp_path / "mine.pth"))
 
 
+def test_damaged_metadata_is_reported(tmp_path):
+    safetensors.torch.save_file(random_state(), tmp_path / "mine.safetensors", {"trained_on": "{"})
+    with pytest.raises(WeightsError, match=r"mine\.safetensors .*metadata"):
+        SmallBackbone(str(tmp_path / "mine.safetensors"))
+
+
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "network"])
-def test_weights_of_another_network_are_refused(tmp_path, change):
+def test_weights_of_another_network_are_reported(tmp_path, change):
     state = random_state()
     if change == "missing":
         del state["layer4.1.bn2.running_mean"]
@@ -319,7 +346,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_hidden_in_a_file_is_not_run(tmp_path, zipped):
+def test_code_in_a_file_is_not_run(tmp_path, zipped):
     sprung = tmp_path / "sprung"
     state = random_state() | {"fc.weight": Trap(sprung)}
     torch.save(state, tmp_path / "mine.pth", _use_new_zipfile_serialization=zipped)
@@ -349,7 +376,7 @@ NAMED = [
 
 @pytest.mark.parametrize("backbone, name, url", NAMED)
 @pytest.mark.usefixtures("no_network")
-def test_weights_that_are_not_there_are_named_with_source_and_place(hub, backbone, name, url):
+def test_message_for_missing_weights_gives_their_url_and_path(hub, backbone, name, url):
     with pytest.raises(WeightsError) as error:
         load_weights(nn.Identity, backbone, name, download=False)
     for part in (backbone, f"'{name}'", url, str(hub / Path(url).name), "backbone.download=true"):
@@ -366,7 +393,7 @@ def test_weights_that_are_not_there_are_named_with_source_and_place(hub, backbon
     ],
 )
 @pytest.mark.usefixtures("hub", "no_network")
-def test_unknown_name_is_answered_with_the_known_ones(backbone, known):
+def test_message_for_unknown_weights_lists_the_known_ones(backbone, known):
     with pytest.raises(WeightsError, match=r"'imagenet22k'") as error:
         load_weights(nn.Identity, backbone, "imagenet22k", download=True)
     choices = str(error.value).split("backbone.weights=")[1].split()[0]
@@ -375,7 +402,7 @@ def test_unknown_name_is_answered_with_the_known_ones(backbone, known):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """Weights named `mine` behind a URL of this machine, with the file's true hash in its name."""
+    """Weights named `mine` with a URL on this machine and the file's true hash in its name."""
     torch.save(random_state(), tmp_path / "w.pth")
     source = tmp_path / f"small-{file_hash(tmp_path / 'w.pth')[:8]}.pth"
     (tmp_path / "w.pth").rename(source)
@@ -388,7 +415,7 @@ def load_mine(download=False):
 
 
 @pytest.mark.usefixtures("no_network")
-def test_named_file_at_its_place_is_used_without_asking_the_network(hub, published):
+def test_named_file_on_this_machine_is_not_downloaded_again(hub, published):
     (hub / published.name).write_bytes(published.read_bytes())
     trunk, provenance = load_mine(download=True)
     assert all(torch.equal(trunk.state_dict()[k], v) for k, v in random_state().items())
@@ -397,9 +424,9 @@ def test_named_file_at_its_place_is_used_without_asking_the_network(hub, publish
 
 
 @pytest.mark.usefixtures("no_network")
-def test_damaged_file_is_refused_by_the_hash_in_its_name(hub, published):
+def test_hash_in_the_file_name_reveals_damage(hub, published):
     state = random_state()
-    state["layer1.0.conv1.weight"][0, 0, 0, 0] += 1  # well readable, and wrong
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] += 1  # readable but wrong
     torch.save(state, hub / published.name)
     with pytest.raises(WeightsError, match=r"damaged.*Delete") as error:
         load_mine()
@@ -408,28 +435,28 @@ def test_damaged_file_is_refused_by_the_hash_in_its_name(hub, published):
 
 
 @pytest.mark.usefixtures("no_network")
-def test_published_resnet_with_a_wrong_hash_is_refused(hub):
+def test_hash_of_a_published_resnet_is_checked(hub):
     torch.save(torchvision.models.resnet18().state_dict(), hub / "resnet18-f37072fd.pth")
     with pytest.raises(WeightsError, match="f37072fd"):
         ResNetBackbone("resnet18", "imagenet1k_v1")
 
 
-def test_named_file_is_fetched_when_asked(hub, published):
+def test_named_file_is_downloaded_on_request(hub, published):
     trunk, _ = load_mine(download=True)
     assert all(torch.equal(trunk.state_dict()[k], v) for k, v in random_state().items())
     assert (hub / published.name).read_bytes() == published.read_bytes()
 
 
-def test_fetched_file_of_another_hash_is_refused_and_not_kept(hub, published):
+def test_download_with_a_wrong_hash_is_refused_and_deleted(hub, published):
     torch.save(random_state(seed=2), published)
     with pytest.raises(WeightsError, match="invalid hash"):
         load_mine(download=True)
     assert list(hub.iterdir()) == []
 
 
-def test_fetch_that_fails_says_where_to_get_the_file(hub, published):
+def test_message_for_a_failed_download_gives_url_and_path(hub, published):
     published.unlink()
-    with pytest.raises(WeightsError, match="Could not fetch") as error:
+    with pytest.raises(WeightsError, match="Could not download") as error:
         load_mine(download=True)
     assert published.as_uri() in str(error.value)
     assert str(hub / published.name) in str(error.value)

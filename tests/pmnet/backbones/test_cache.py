@@ -1,4 +1,4 @@
-"""Kept features against the backbone's own, and where they are kept."""
+"""Cached features against those of the backbone, and where they are stored."""
 
 import copy
 import os
@@ -48,7 +48,7 @@ def expected(images):
 
 
 @pytest.mark.parametrize("where", ["host", "disk", "nowhere", "partly on disk", "little memory"])
-def test_each_image_passes_once_and_its_features_are_the_same(images, expected, where, tmp_path, monkeypatch):
+def test_each_image_is_computed_once_with_the_same_features(images, expected, where, tmp_path, monkeypatch):
     one = sum(f[0].nbytes for blocks in expected.values() for f in blocks) / 1e9
     options = {
         "host": {},
@@ -71,7 +71,7 @@ def test_each_image_passes_once_and_its_features_are_the_same(images, expected, 
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_folder_is_shared_by_whoever_has_the_same_weights_size_and_precision(images, tmp_path):
+def test_folder_is_shared_for_equal_weights_size_and_precision(images, tmp_path):
     def passes(images, weights="none", low=False):
         backbone, passed = make_backbone(FeatureCache(host_gb=0, folder=tmp_path), weights)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
@@ -90,7 +90,7 @@ def test_folder_is_shared_by_whoever_has_the_same_weights_size_and_precision(ima
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
-def test_network_of_another_precision_finds_its_own(dtype, images, tmp_path):
+def test_features_of_each_precision_are_cached_separately(dtype, images, tmp_path):
     for to in (torch.float32, torch.bfloat16):
         backbone, passed = make_backbone(FeatureCache(host_gb=0, folder=tmp_path))
         backbone.to(to)
@@ -102,7 +102,7 @@ def test_network_of_another_precision_finds_its_own(dtype, images, tmp_path):
         assert passed == [5]
 
 
-def test_what_makes_other_features_finds_its_own(images, expected, tmp_path):
+def test_features_of_other_backbones_and_changed_weights_are_cached_separately(images, expected, tmp_path):
     class Rectified(SmallBackbone):
         def stage(self, layer, x):
             features, x = super().stage(layer, x)
@@ -122,7 +122,7 @@ def test_what_makes_other_features_finds_its_own(images, expected, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["bit", "zeros", "other tensors"])
-def test_file_of_other_content_is_not_used(damage, images, expected, tmp_path, caplog):
+def test_damaged_file_is_not_used(damage, images, expected, tmp_path, caplog):
     with torch.no_grad():
         make_backbone(FeatureCache(folder=tmp_path))[0](images)
         path = next(tmp_path.rglob("*.safetensors"))
@@ -138,7 +138,7 @@ def test_file_of_other_content_is_not_used(damage, images, expected, tmp_path, c
     assert caplog.text.count("cannot be read") == 1
 
 
-def test_copies_are_empty(images):
+def test_copies_of_a_cache_are_empty(images):
     backbone, _ = make_backbone(FeatureCache())
     with torch.no_grad():
         backbone(images)
@@ -148,7 +148,7 @@ def test_copies_are_empty(images):
         assert other.room == other.budget
 
 
-def test_gradients_to_images_pass_by_the_cache(images):
+def test_cache_is_skipped_for_gradients_to_images(images):
     backbone, _ = make_backbone(FeatureCache())
     image = (images[:1] / 255).requires_grad_()
     for _ in range(2):
@@ -156,7 +156,7 @@ def test_gradients_to_images_pass_by_the_cache(images):
     assert backbone(images[:0])["layer4"][0].shape[0] == 0
 
 
-def test_broken_file_is_told_and_made_again(images, expected, tmp_path, caplog):
+def test_truncated_file_is_reported_and_written_again(images, expected, tmp_path, caplog):
     with torch.no_grad():
         make_backbone(FeatureCache(host_gb=0, folder=tmp_path))[0](images)
         for path in list(tmp_path.rglob("*.safetensors"))[:2]:
@@ -169,17 +169,17 @@ def test_broken_file_is_told_and_made_again(images, expected, tmp_path, caplog):
     assert passed == [2]
 
 
-def test_disk_that_takes_no_more_is_told_once(images, expected, tmp_path, caplog):
+def test_failing_disk_is_reported_once(images, expected, tmp_path, caplog):
     (tmp_path / "file").touch()
     backbone, passed = make_backbone(FeatureCache(host_gb=0, folder=tmp_path / "file"))
     with torch.no_grad():
         for _ in range(2):
             assert_same(backbone(images), expected)
     assert passed == [5, 5]
-    assert caplog.text.count("not written") == 1
+    assert caplog.text.count("Cannot write features") == 1
 
 
-def test_network_with_a_cache_trains_and_segments_as_without():
+def test_network_trains_and_segments_the_same_with_a_cache():
     torch.manual_seed(0)
     network = PMNet(SmallBackbone("none"), dropout=0.0)
     query, support, masks = pictures(2), pictures(4, seed=1).unflatten(0, (2, 2)), torch.rand(2, 2, 64, 96) < 0.4
