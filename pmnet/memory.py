@@ -1,4 +1,4 @@
-"""The memory of this process: what it has freed is kept for the next tensor, and how much more it may take."""
+"""This process's memory: keep freed blocks for the next tensor, and tell how much is still free."""
 
 import ctypes
 import functools
@@ -14,15 +14,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Has glibc reuse large blocks of memory; once a process, and only where there is no accelerator.
+    """Makes glibc reuse large blocks of memory. Applies to the whole process, and only without an accelerator.
 
-    By default it returns every block over 32 MiB to the system as soon as it is freed, and the next one comes as pages
-    that the system has to clear and map one after the other when they are first written. An affinity has 21 million
-    entries: PMNet then waits for the system about half of its time (`benchmarks/README.md`). The process keeps the
-    largest amount of memory it has had, which is up to a quarter larger than without.
+    By default, glibc returns every block over 32 MiB to the system as soon as it is freed. The system then has to clear
+    and map each page of the next block when it is first written. An affinity has 21 million entries, so PMNet would
+    spend about half of its time waiting for the system (`benchmarks/README.md`). In return, the process never shrinks,
+    and its peak memory is up to a quarter larger.
 
     Returns:
-        Whether it was done: not with another C library, and not where tensors live on another device.
+        True if the setting was applied; False with another C library, or where an accelerator holds the tensors.
     """
     if not sys.platform.startswith("linux") or torch.accelerator.is_available():
         return False
@@ -31,10 +31,17 @@ def keep_freed_memory() -> bool:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process can still take: of the machine, and of the control groups it is in (Slurm, containers).
+    """Memory that this process can still allocate, limited by the machine and by control groups (Slurm, containers).
 
     Args:
-        root: of the file system.
+        root: the root of the file system.
+
+    Returns:
+        Number of bytes.
+
+    Example:
+        >>> free_memory() > 0
+        True
     """
     free = psutil.virtual_memory().available
     try:
@@ -42,16 +49,16 @@ def free_memory(root: Path = Path("/")) -> int:
     except OSError:  # not Linux
         return free
     for _, controllers, path in groups:
-        if controllers == "":
+        if controllers == "":  # version 2
             mount, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
+        elif "memory" in controllers.split(","):  # version 1
             mount, limit, usage = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
             cached = "total_inactive_file"
         else:
             continue
         group = root / mount / path.lstrip("/")
-        for folder in (group, *group.parents[: len(Path(path).parts) - 1]):  # each limits all that are below it
-            with suppress(OSError, ValueError, KeyError):  # "max", or a group that is not seen from in here
+        for folder in (group, *group.parents[: len(Path(path).parts) - 1]):  # a group limits all groups below it
+            with suppress(OSError, ValueError, KeyError):  # the limit is "max", or a container hides the group
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 used = int((folder / usage).read_text()) - int(stat[cached])
                 free = min(free, int((folder / limit).read_text()) - used)
@@ -59,8 +66,15 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Bytes that are free on a GPU, those included that PyTorch holds and does not use."""
+    """Free memory of a device, including what PyTorch has reserved but does not use.
+
+    Args:
+        device: a CUDA device; for any other, the memory is that of the host.
+
+    Returns:
+        Number of bytes.
+    """
     if device.type != "cuda":
-        return free_memory()  # shared with the host, as on Apple's processors
+        return free_memory()  # Apple's processors share it between CPU and GPU
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
