@@ -1,6 +1,6 @@
-"""Nearest neighbours, nothing learned: a query position takes the side of the support position that is most like it.
+"""A training-free baseline: each query position gets the label of the most similar support position, by cosine.
 
-The second of the two training-free floors. Likeness is the cosine of the backbone's features, as they are.
+The features are those of the backbone, unchanged.
 """
 
 from typing import NamedTuple
@@ -13,16 +13,16 @@ from pmnet.backbones import Backbone, Features
 from pmnet.methods.base import Head, Method, resize
 from pmnet.methods.prototype import SCALE, foreground_share
 
-NONE = -1.0  # the likeness of a side that no support shows: the lowest cosine
+NONE = -1.0  # similarity to background or foreground if no support shows it: the lowest cosine
 
 
 class Positions(NamedTuple):
-    """All positions of an episode's supports.
+    """All positions of the supports of B episodes.
 
     Attributes:
-        feature: (B, S, C) of length 1; S = K * hs * ws.
-        foreground: (B, S) bool, True where at least half of a position's pixels are foreground. An object smaller
-            than that has the positions that show most of it.
+        feature: features of length 1, (B, S, C) with S = K * hs * ws.
+        foreground: (B, S) bool, True where at least half of the position's pixels are foreground. If an object is too
+            small for that, the positions with the largest share are foreground.
     """
 
     feature: Tensor
@@ -30,9 +30,10 @@ class Positions(NamedTuple):
 
 
 class NearestHead(Head):
-    """
+    """Compares every query position with every support position.
+
     Args:
-        layer: the stage whose last block is compared.
+        layer: the stage whose last block is used.
     """
 
     def __init__(self, layer: str) -> None:
@@ -40,14 +41,18 @@ class NearestHead(Head):
         self.layer = layer
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Positions:
+        """Computes the features and labels of all support positions. Arguments as in `Head.see`."""
         feature_BKChw = support_feats[self.layer][-1]
         share_BS = foreground_share(support_masks, feature_BKChw)
-        most_B1 = share_BS.amax(dim=1, keepdim=True).clamp(min=1e-6)  # without any foreground, no position has it
+        most_B1 = share_BS.amax(dim=1, keepdim=True).clamp(min=1e-6)  # > 0: empty masks have no foreground
         feature_BSC = feature_BKChw.movedim(2, -1).flatten(1, 3)
         return Positions(F.normalize(feature_BSC, dim=2), share_BS >= most_B1.clamp(max=0.5))
 
     def segment(self, query_feats: Features, seen: Positions, size: tuple[int, int]) -> Tensor:
-        """The largest cosine with a support position of either side, times 10; arguments as those of `Head.segment`."""
+        """Logits (B, 2, H, W): the largest cosines with background and with foreground positions, times 10.
+
+        Arguments as in `Head.segment`.
+        """
         feature_BChw = query_feats[self.layer][-1]
         cosine_BSQ = seen.feature @ F.normalize(feature_BChw.flatten(2), dim=1)
         of_side = seen.foreground[:, :, None]
@@ -56,10 +61,14 @@ class NearestHead(Head):
 
 
 class Nearest(Method):
-    """Takes any number of shots and any image sides.
+    """Segments by nearest neighbours, without training. Takes any number of shots and any image sides.
 
     Args:
-        layer: the stage whose last block is compared, "layer1" to "layer4".
+        backbone: any backbone.
+        layer: the stage whose last block is used, "layer1" to "layer4".
+
+    Raises:
+        SettingError: the backbone does not have this layer.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""Prototypes, nothing learned: a query position takes the side whose mean support feature is more like its own.
+"""A training-free baseline: each query position gets the label of the more similar prototype, by cosine.
 
-The first of the two training-free floors. Masked average pooling as in Zhang et al., SG-One (2018), for the background
-as well as the foreground; what is compared is the backbone's, as it is.
+The prototypes are mean support features of background and foreground (masked average pooling as in Zhang et al.,
+SG-One, 2018). The features are those of the backbone, unchanged.
 """
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor
 from pmnet.backbones import Backbone, Features
 from pmnet.methods.base import Head, Method, resize
 
-SCALE = 10.0  # of cosines as logits; changes no mask, only how sure the scores look
+SCALE = 10.0  # factor from cosines to logits; affects the confidence of the scores, but no mask
 
 
 class PrototypeHead(Head):
-    """
+    """Compares query features with a background and a foreground prototype.
+
     Args:
-        layer: the stage whose last block is compared.
+        layer: the stage whose last block is used.
     """
 
     def __init__(self, layer: str) -> None:
@@ -25,8 +26,13 @@ class PrototypeHead(Head):
         self.layer = layer
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Tensor:
-        """The prototypes (B, 2, C), background and foreground: means over the positions of all shots, each position
-        weighted by the share of its pixels that is of that side."""
+        """Computes the prototypes: weighted means over the positions of all shots. Arguments as in `Head.see`.
+
+        A position's weight is the share of its pixels that are background or foreground.
+
+        Returns:
+            (B, 2, C): background, foreground.
+        """
         feature_BKChw = support_feats[self.layer][-1]
         share_BS = foreground_share(support_masks, feature_BKChw)
         weight_B2S = torch.stack([1 - share_BS, share_BS], dim=1)
@@ -34,17 +40,21 @@ class PrototypeHead(Head):
         return weight_B2S @ feature_BSC / weight_B2S.sum(dim=2, keepdim=True).clamp(min=1e-6)
 
     def segment(self, query_feats: Features, seen: Tensor, size: tuple[int, int]) -> Tensor:
-        """Cosines with both prototypes, times 10; arguments as those of `Head.segment`."""
+        """Logits (B, 2, H, W): the cosines with both prototypes, times 10. Arguments as in `Head.segment`."""
         feature_BChw = query_feats[self.layer][-1]
         cosine_B2Q = F.normalize(seen, dim=2) @ F.normalize(feature_BChw.flatten(2), dim=1)
         return resize(SCALE * cosine_B2Q.unflatten(2, feature_BChw.shape[-2:]), size)
 
 
 class Prototype(Method):
-    """Takes any number of shots and any image sides.
+    """Segments by comparison with two prototypes, without training. Takes any number of shots and any image sides.
 
     Args:
-        layer: the stage whose last block is compared, "layer1" to "layer4".
+        backbone: any backbone.
+        layer: the stage whose last block is used, "layer1" to "layer4".
+
+    Raises:
+        SettingError: the backbone does not have this layer.
 
     Example:
         >>> import torch
@@ -63,6 +73,14 @@ class Prototype(Method):
 
 
 def foreground_share(masks_BKHW: Tensor, feature_BKChw: Tensor) -> Tensor:
-    """(B, K*h*w) in [0, 1]: of the pixels at each position of a feature map, how many are foreground."""
+    """Share of foreground pixels at each position of a feature map.
+
+    Args:
+        masks_BKHW: 0 or 1, any dtype.
+        feature_BKChw: features, which give the size h, w and the dtype.
+
+    Returns:
+        (B, K*h*w), values in [0, 1].
+    """
     size = (feature_BKChw.shape[-2], feature_BKChw.shape[-1])
     return F.interpolate(masks_BKHW.to(feature_BKChw.dtype), size, mode="area").flatten(1)

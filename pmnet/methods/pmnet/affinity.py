@@ -1,12 +1,12 @@
 """Support-query affinity (paper 3.2, eq. 1).
 
-Axes, as used in the names of tensors here and in `hsfm.py`:
+Suffixes of tensor names, here, in `hsfm.py` and in `lean.py`:
 
     B batch    K shots    N pairs of query and support (B*K)    A attention heads    L blocks of one backbone stage
     C channels    P pixels: Q of the query (hq*wq), S of the support (hs*ws)
 
-Affinities are kept with their channels last in memory, (N*A, hq, wq, hs, ws, L): both convolutions of the HSFM then
-read them without a permutation.
+Affinities have their channels last in memory, (N*A, hq, wq, hs, ws, L), so that both convolutions of the HSFM read them
+without a permutation.
 """
 
 import torch
@@ -16,10 +16,15 @@ HEADS = 4  # the authors' program splits the channels into 4 heads
 
 
 def position_code(tokens: int, channels: int, like: Tensor) -> Tensor:
-    """Fixed 1-D sinusoidal code over the token index: base 10000, sine on even channels, cosine on odd.
+    """Fixed 1-D sinusoidal code over the token index: base 10000, sine on even channels, cosine on odd ones.
+
+    Args:
+        tokens: number of tokens.
+        channels: number of channels, even.
+        like: a tensor with the dtype and device of the result.
 
     Returns:
-        (tokens, channels), values in [-1, 1], with the dtype and device of `like`.
+        (tokens, channels), values in [-1, 1].
     """
     position_S1 = torch.arange(tokens, device=like.device, dtype=torch.float32)[:, None]
     even_C = torch.arange(0, channels, 2, device=like.device, dtype=torch.float32)
@@ -28,7 +33,10 @@ def position_code(tokens: int, channels: int, like: Tensor) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """As torch's; on a CPU, where a generator draws one number after the other, each draw decides on four entries."""
+    """`nn.Dropout`, faster on a CPU: each random 64-bit number decides on four entries.
+
+    A CPU's generator produces one number at a time, which takes longer than the rest of a dropout.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p in (0, 1) or x.device.type != "cpu":
@@ -42,13 +50,20 @@ class Dropout(nn.Dropout):
 class Affinity(nn.Module):
     """Inner products between every query pixel and every support pixel, per block and per head.
 
-    No scaling, no normalisation, and the support background is kept (paper eq. 1). A position code is
-    added to the tokens first, followed by dropout while training, as in the authors' program.
+    They are neither scaled nor normalised, and the support's background is included (paper eq. 1). As in the authors'
+    program, a position code is added to the tokens first, followed by dropout in training.
 
     Args:
         channels: feature channels of the stage, a multiple of 2 * HEADS.
-        linear_heads: pass query and support tokens through a linear layer each (the DAM model).
-        dropout: after the position code, while training; 0.5 in the authors' program.
+        linear_heads: apply one linear layer to the query tokens and one to the support tokens (the DAM model).
+        dropout: dropout rate after the position code; 0.5 in the authors' program.
+
+    Example:
+        >>> affinity = Affinity(channels=32).eval()
+        >>> query = affinity.query_tokens([torch.rand(1, 32, 4, 6) for block in range(3)])
+        >>> support = affinity.support_tokens([torch.rand(1, 32, 2, 5) for block in range(3)])
+        >>> affinity(query, support).shape  # (N*A, Q, S, L)
+        torch.Size([4, 24, 10, 3])
     """
 
     def __init__(self, channels: int, linear_heads: bool = False, dropout: float = 0.5) -> None:
@@ -58,11 +73,11 @@ class Affinity(nn.Module):
         self.support_linear = nn.Linear(channels, channels) if linear_heads else nn.Identity()
 
     def query_tokens(self, features: list[Tensor]) -> list[Tensor]:
-        """L tensors (B, C, hq, wq) -> L tensors (B, A, Q, C/A)."""
+        """Tokens of the queries: L tensors (B, C, hq, wq) -> L tensors (B, A, Q, C/A)."""
         return self.tokens(features, self.query_linear)
 
     def support_tokens(self, features: list[Tensor]) -> list[Tensor]:
-        """L tensors (N, C, hs, ws) -> L tensors (N, A, S, C/A)."""
+        """Tokens of the supports: L tensors (N, C, hs, ws) -> L tensors (N, A, S, C/A)."""
         return self.tokens(features, self.support_linear)
 
     def tokens(self, features: list[Tensor], linear: nn.Module) -> list[Tensor]:
@@ -71,14 +86,14 @@ class Affinity(nn.Module):
         return [linear(self.dropout(x)).unflatten(2, (HEADS, -1)).transpose(1, 2) for x in coded_BPC]
 
     def forward(self, query_tokens: list[Tensor], support_tokens: list[Tensor]) -> Tensor:
-        """Affinities of N pairs.
+        """Computes the affinities of N pairs.
 
         Args:
             query_tokens: L tensors (N, A, Q, C/A).
             support_tokens: L tensors (N, A, S, C/A).
 
         Returns:
-            (N*A, Q, S, L).
+            (N*A, Q, S, L), of any sign and size.
         """
         blocks = [q @ s.transpose(2, 3) for q, s in zip(query_tokens, support_tokens, strict=True)]
         return torch.stack(blocks, dim=-1).flatten(0, 1)

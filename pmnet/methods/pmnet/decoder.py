@@ -19,7 +19,11 @@ def C(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
 
 
 class Conv1(nn.Module):
-    """Coarse mask of a stage, (B, i, h, w) -> (B, 64, h, w), through several receptive fields."""
+    """Processes the coarse mask of a stage at several receptive fields: (B, C, h, w) -> (B, 64, h, w).
+
+    Args:
+        in_channels: channels of the coarse mask.
+    """
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -36,7 +40,7 @@ class Conv1(nn.Module):
 
 
 class Conv2(nn.Module):
-    """Fusion at one scale, (B, 64, h, w) -> (B, 64, h, w): halves and quarters of the channels apart."""
+    """Fuses features at one scale, (B, 64, h, w) -> (B, 64, h, w), in separate groups of 32, 16 and 16 channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,18 +55,30 @@ class Conv2(nn.Module):
 
 
 def mixer(*channels: int, last: bool = False) -> nn.Sequential:
-    """Two 3x3 convolutions of the classifier head; no ReLU after the very last one."""
+    """Two 3x3 convolutions of the classifier head, each with a ReLU, except after the last one of the network.
+
+    Args:
+        channels: of the input, between the convolutions, of the output.
+        last: leave out the second ReLU.
+    """
     i, m, o = channels
     layers = [nn.Conv2d(i, m, 3, padding=1), nn.ReLU(), nn.Conv2d(m, o, 3, padding=1)]
     return nn.Sequential(*layers) if last else nn.Sequential(*layers, nn.ReLU())
 
 
 class Decoder(nn.Module):
-    """From the coarse masks of layer3 and layer4 and the query's low-level features to logits.
+    """Turns the coarse masks of layer3 and layer4 and the query's low-level features into logits.
 
     Args:
-        coarse3, coarse4: channels of the coarse masks.
+        coarse3: channels of the coarse mask of layer3.
+        coarse4: channels of the coarse mask of layer4.
         channels: feature channels of "layer1" and "layer2".
+
+    Example:
+        >>> decoder = Decoder(16, 16, {"layer1": 24, "layer2": 48})
+        >>> coarse3, coarse4 = torch.rand(1, 16, 4, 6), torch.rand(1, 16, 2, 3)
+        >>> decoder(coarse3, coarse4, torch.rand(1, 24, 16, 24), torch.rand(1, 48, 8, 12)).shape
+        torch.Size([1, 2, 64, 96])
     """
 
     def __init__(self, coarse3: int, coarse4: int, channels: dict[str, int]) -> None:
@@ -74,7 +90,13 @@ class Decoder(nn.Module):
         self.mixer3 = mixer(16, 16, 2, last=True)
 
     def forward(self, coarse3: Tensor, coarse4: Tensor, layer1: Tensor, layer2: Tensor) -> Tensor:
-        """Sizes for an H x W image: coarse4 H/32, coarse3 H/16, layer2 H/8, layer1 H/4.
+        """Computes the logits of B images of H x W pixels.
+
+        Args:
+            coarse3: (B, C, H/16, W/16), values in [0, 1].
+            coarse4: (B, C, H/32, W/32), values in [0, 1].
+            layer1: the query's features (B, C, H/4, W/4).
+            layer2: the query's features (B, C, H/8, W/8).
 
         Returns:
             Logits (B, 2, H, W): background, foreground.
@@ -87,10 +109,18 @@ class Decoder(nn.Module):
 
 
 def fused(conv: nn.Conv2d, coarse: Tensor, fine: Tensor) -> Tensor:
-    """What a 3x3 convolution gives for cat[up2(coarse), fine], at about half the cost.
+    """Computes conv(cat[up2(coarse), fine]) of a 3x3 convolution in about half the time.
 
-    A product over channels commutes with resizing: each of the nine products is taken of the small map, resized, and
-    added at its place.
+    A product over channels commutes with resizing. Each of the kernel's nine products is computed on the small map,
+    resized, and added at its offset.
+
+    Args:
+        conv: 3x3 convolution with padding 1.
+        coarse: (B, C, h, w).
+        fine: (B, C', 2h, 2w).
+
+    Returns:
+        (B, C'', 2h, 2w).
     """
     of_coarse, of_fine = conv.weight.split([coarse.shape[1], fine.shape[1]], dim=1)
     nine = of_coarse.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)[..., None, None]
@@ -100,4 +130,5 @@ def fused(conv: nn.Conv2d, coarse: Tensor, fine: Tensor) -> Tensor:
 
 
 def up2(x: Tensor) -> Tensor:
+    """Doubles the size: (B, C, h, w) -> (B, C, 2h, 2w)."""
     return resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))

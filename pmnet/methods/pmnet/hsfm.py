@@ -1,4 +1,4 @@
-"""Hysteretic spatial filtering module, HSFM (paper 3.3). Axis letters: see `affinity.py`."""
+"""Hysteretic spatial filtering module, HSFM (paper 3.3). Suffixes of tensor names: see `affinity.py`."""
 
 from typing import Literal, NamedTuple, cast
 
@@ -11,17 +11,27 @@ from pmnet.methods.pmnet.affinity import HEADS
 from pmnet.methods.pmnet.lean import Convolved, Filtered, RectifiedAndConvolved, filtered, statistics
 
 Norm = Literal["batch", "group"]
-ENHANCED = 16  # channels of the enhanced affinity and so of a coarse mask
+ENHANCED = 16  # channels of the enhanced affinity and of a coarse mask
 
 
 class B3DConv(nn.Module):
     """One bidirectional 3D convolution (paper eq. 2): pixel-to-patch relations in both directions.
 
-    One convolution slides over the query plane for each support pixel, one over the support plane for
-    each query pixel; their sum is normalised and rectified.
+    One convolution slides over the query plane for each support pixel, the other over the support plane for each query
+    pixel. Their sum is normalised, then passed through a ReLU.
 
     Args:
-        norm: "batch" as the paper says, "group" (4 groups) as the authors' program does.
+        in_channels: channels of the input, L or 16.
+        out_channels: channels of the output, a multiple of 4.
+        kernel: odd side of both kernels.
+        norm: "batch" (paper) or "group" (4 groups, the authors' program).
+
+    Raises:
+        SettingError: unknown norm.
+
+    Example:
+        >>> B3DConv(3, 16, kernel=5, norm="batch")(torch.rand(4, 3, 4, 6, 2, 5)).shape
+        torch.Size([4, 16, 4, 6, 2, 5])
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, norm: Norm) -> None:
@@ -34,31 +44,31 @@ class B3DConv(nn.Module):
         self.norm = nn.BatchNorm3d(out_channels) if norm == "batch" else nn.GroupNorm(4, out_channels)
 
     def forward(self, S: Tensor) -> Tensor:
-        """(N, C, hq, wq, hs, ws) -> (N, C', hq, wq, hs, ws), channels last in memory."""
+        """Enhances affinities: (N, C, hq, wq, hs, ws) -> (N, C', hq, wq, hs, ws), channels last in memory."""
         over_query, over_support, bias = self.weights
-        known = isinstance(self.norm, nn.BatchNorm3d) and not self.norm.training  # before the input is
-        if known:
+        fold = isinstance(self.norm, nn.BatchNorm3d) and not self.norm.training  # then it is a constant scale and shift
+        if fold:
             over_query, over_support, bias = folded(self.norm, over_query, over_support, bias)
         enhanced = convolved(S, over_query, over_support, bias)
-        if not known:
+        if not fold:
             enhanced = self.norm(enhanced)
         return F.relu(enhanced, inplace=True).unflatten(4, S.shape[4:])
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of both convolutions, and their common bias."""
+        """Kernels of the convolutions over the query and over the support, and the sum of their biases."""
         query, support = self.query_conv, self.support_conv
         return query.weight, support.weight, query.bias + support.bias  # type: ignore[operator]
 
 
 def uses_batch(norm: nn.Module) -> bool:
-    """Whether a norm is in training, and set as `lean.py` knows it: no SyncBatchNorm, nor one that is held in eval."""
+    """Whether `lean.py` can train this norm: a usual BatchNorm or GroupNorm, in training mode, no SyncBatchNorm."""
     usual = norm.affine and (type(norm) is nn.GroupNorm or (norm.track_running_stats and norm.momentum is not None))
     return norm.training and type(norm) in (nn.BatchNorm3d, nn.GroupNorm) and bool(usual)
 
 
 def convolved(S: Tensor, over_query: Tensor, over_support: Tensor, bias: Tensor) -> Tensor:
-    """(N, C, hq, wq, hs, ws) -> (N, C', hq, wq, hs*ws), channels last in memory."""
+    """Sum of both convolutions: (N, C, hq, wq, hs, ws) -> (N, C', hq, wq, hs*ws), channels last in memory."""
     k = over_query.shape[2] // 2
     total = F.conv3d(S.flatten(4), over_query, bias, padding=(k, k, 0))
     total += F.conv3d(S.flatten(2, 3), over_support, padding=(0, k, k)).unflatten(2, S.shape[2:4]).flatten(4)
@@ -66,7 +76,7 @@ def convolved(S: Tensor, over_query: Tensor, over_support: Tensor, bias: Tensor)
 
 
 def folded(norm: nn.Module, over_query: Tensor, over_support: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The convolutions' weights and their common bias with a BatchNorm in eval mode in them."""
+    """Folds a BatchNorm in eval mode into the kernels and the bias of the convolutions before it."""
     mean, var, weight = norm.running_mean, norm.running_var, norm.weight
     scale: Tensor = weight * torch.rsqrt(var + norm.eps)  # type: ignore[operator]
     shift: Tensor = norm.bias + (bias - mean) * scale  # type: ignore[operator]
@@ -74,11 +84,11 @@ def folded(norm: nn.Module, over_query: Tensor, over_support: Tensor, bias: Tens
 
 
 class Evidence(NamedTuple):
-    """What each support says about each query pixel; shots are weighed against each other by `logsum`.
+    """The evidence of each support for each query pixel; `logsum` weighs the shots of an episode.
 
     Attributes:
-        share: of the softmax over the support's pixels, what is on its mask; (N, A, Q, C) in [0, 1].
-        logsum: logarithm of that softmax's denominator, likewise.
+        share: share of the softmax over the support's pixels that lies on its mask, (N, A, Q, C) in [0, 1].
+        logsum: logarithm of the softmax's denominator, (N, A, Q, C).
     """
 
     share: Tensor
@@ -86,12 +96,21 @@ class Evidence(NamedTuple):
 
 
 class HSFM(nn.Module):
-    """Enhances the affinity with two B3DConvs, then filters it with the support masks.
+    """Enhances affinities with two B3DConvs, then filters them with the support masks.
 
     Args:
-        blocks: backbone blocks of the stage (the L channels of its affinity).
+        blocks: number of backbone blocks of the stage, the L channels of its affinity.
         norm: see `B3DConv`.
-        b3dconvs: False leaves the enhancement out (table 6, "w/o B3DConvs").
+        b3dconvs: False skips the enhancement (table 6, "w/o B3DConvs").
+
+    Attributes:
+        out_channels: channels C of the result: 16, or L without B3DConvs.
+
+    Example:
+        >>> S, masks = torch.rand(2 * HEADS, 4 * 6, 2 * 5, 3), torch.ones(2, 2 * 5)  # 2 pairs
+        >>> evidence = HSFM(blocks=3).eval()(S, masks, query_size=(4, 6), support_size=(2, 5))
+        >>> evidence.share.shape
+        torch.Size([2, 4, 24, 16])
     """
 
     def __init__(self, blocks: int, norm: Norm = "batch", b3dconvs: bool = True) -> None:
@@ -106,13 +125,16 @@ class HSFM(nn.Module):
     def forward(
         self, S: Tensor, mask_NS: Tensor, query_size: tuple[int, int], support_size: tuple[int, int]
     ) -> Evidence:
-        """Enhances the affinities of N pairs, and takes the softmax over each support's pixels (paper eq. 3).
+        """Enhances the affinities of N pairs and applies the softmax over each support's pixels (paper eq. 3).
 
         Args:
-            S: (N*A, Q, S, L).
-            mask_NS: the supports' masks at their feature size, in [0, 1].
+            S: affinities (N*A, Q, S, L).
+            mask_NS: support masks at feature size, values in [0, 1].
             query_size: hq, wq.
             support_size: hs, ws.
+
+        Returns:
+            The evidence of each support, for `coarse_mask`.
         """
         S = S.unflatten(2, support_size).unflatten(1, query_size).movedim(-1, 1)
         mask_NS = mask_NS.repeat_interleave(HEADS, dim=0)
@@ -125,7 +147,7 @@ class HSFM(nn.Module):
         return Evidence(*(x.unflatten(0, (-1, HEADS)) for x in evidence))
 
     def in_training(self, S: Tensor, mask_NS: Tensor, first: B3DConv, second: B3DConv) -> tuple[Tensor, Tensor]:
-        """The same of a batch, by its own statistics."""
+        """As `forward`, with norms in training mode: batch statistics, and less memory for the backward pass."""
         sizes = (S.shape[2], S.shape[3], S.shape[4], S.shape[5])
         S_NPC = S.movedim(1, -1).flatten(1, 4)
         z_NPC = Convolved.apply(S_NPC, *(weight.to(S.dtype) for weight in first.weights), sizes)
@@ -138,10 +160,11 @@ class HSFM(nn.Module):
 
 
 def coarse_mask(evidence: Evidence, shots: int) -> Tensor:
-    """What a softmax over the support pixels of all shots gives (paper eq. 3); its mean over heads.
+    """Joins the shots as one softmax over the pixels of all supports would (paper eq. 3), then averages over heads.
 
     Args:
-        evidence: of N = B*K pairs, the shots of an episode side by side.
+        evidence: of N = B*K pairs; the shots of an episode are next to each other.
+        shots: K.
 
     Returns:
         (B, C, Q), values in [0, 1].

@@ -1,8 +1,9 @@
-"""The HSFM's three long steps in training, with little memory. Axis letters: see `affinity.py`.
+"""The three expensive steps of the HSFM in training, with little memory. Suffixes of tensor names: see `affinity.py`.
 
-All but the first begin with relu(norm(z)). Autograd would keep z, its rectified form and what the step makes of that;
-here z alone is kept, and the rest is made again, a few pairs at a time. In names of tensors here N counts pairs times
-heads, and P the positions of an affinity, hq*wq*hs*ws.
+The second and third step begin with y = relu(norm(z)). Autograd would keep z, y and the result of the step for the
+backward pass. These functions keep only z and compute the rest again, a few pairs at a time.
+
+In this file, N is the number of pairs times heads, and P the number of positions of an affinity, hq*wq*hs*ws.
 """
 
 import math
@@ -17,33 +18,42 @@ from torch.autograd.function import once_differentiable
 
 from pmnet.methods.pmnet.affinity import HEADS
 
-ON_CPU, ELSEWHERE = 2**21, 2**25  # positions of the affinities that are worked on at a time
+ON_CPU, ELSEWHERE = 2**21, 2**25  # positions of affinities that are processed at a time
 Sizes = tuple[int, int, int, int]  # hq, wq, hs, ws
 
 
 def at_a_time(device: torch.device) -> int:
-    """On a CPU as few as fill its cores; an accelerator has little to do with so few, and 64 bytes for each of many."""
+    """Positions to process at a time: enough to fill a CPU's cores; many more for an accelerator, at 64 bytes each."""
     return ON_CPU if device.type == "cpu" else ELSEWHERE
 
 
 def pairs_at_a_time(positions: int, device: torch.device) -> int:
+    """Pairs of query and support to process at a time, at least 1.
+
+    Args:
+        positions: hq*wq*hs*ws.
+        device: where the affinities are.
+    """
     return max(1, at_a_time(device) // (HEADS * positions))
 
 
 def portions(x_NPC: Tensor) -> Iterator[slice]:
+    """Slices of the axis N to process one after the other."""
     half = at_a_time(x_NPC.device) // x_NPC.shape[1] // 4
-    step = max(2, 2 * half)  # even: of a batch of one, PyTorch takes a slow convolution
+    step = max(2, 2 * half)  # even, because PyTorch chooses a slow convolution for a batch of one
     return (slice(i, i + step) for i in range(0, len(x_NPC), step))
 
 
 class Rectified(NamedTuple):
-    """relu(norm(z)), where and when it is needed.
+    """relu(norm(z)), computed portion by portion on request.
 
     Attributes:
-        z: (N, P, C).
-        mean, rstd: those that the norm takes, (N, 1, C), no constants but functions of z.
-        weight, bias: the norm's, (C,).
-        groups: of a GroupNorm; 0 for a BatchNorm.
+        z: the input (N, P, C).
+        mean: the mean by which the norm shifts, (N, 1, C); it depends on z.
+        rstd: the inverse standard deviation by which the norm scales, (N, 1, C); it depends on z.
+        weight: of the norm, (C,).
+        bias: of the norm, (C,).
+        groups: number of groups of a GroupNorm; 0 for a BatchNorm.
     """
 
     z: Tensor
@@ -54,6 +64,7 @@ class Rectified(NamedTuple):
     groups: int
 
     def part(self, i: slice) -> Tensor:
+        """relu(norm(z)) of one portion, in the dtype of z."""
         scale = self.rstd[i] * self.weight
         return torch.addcmul(self.bias - self.mean[i] * scale, self.z[i], scale).relu_().to(self.z.dtype)
 
@@ -61,7 +72,7 @@ class Rectified(NamedTuple):
         """Gradients of z, weight and bias.
 
         Args:
-            gradient: for a portion and its rectified values, the gradient of these.
+            gradient: returns the gradient of y = relu(norm(z)), given a portion and its y.
         """
         grad_NPC = torch.empty_like(self.z)
         sums, sums_of_z = torch.empty_like(self.mean), torch.empty_like(self.mean)
@@ -73,13 +84,13 @@ class Rectified(NamedTuple):
         of_mean, of_z = (average(self.weight * s, self.groups) / self.z.shape[1] for s in (sums, sums_of_z))
         slope = -self.rstd.square() * of_z
         scale, shift = self.rstd * self.weight, -self.rstd * of_mean - slope * self.mean
-        for i in portions(self.z):  # rounded once, at the end
+        for i in portions(self.z):  # rounds only once, at the end
             grad_NPC[i] = torch.addcmul(torch.addcmul(shift[i], grad_NPC[i], scale[i]), self.z[i], slope[i])
         return grad_NPC, sums_of_z.sum((0, 1)), sums.sum((0, 1))
 
 
 def average(x_N1C: Tensor, groups: int) -> Tensor:
-    """Over what is normalised together: all of the batch, or the channels of a group."""
+    """Averages over what the norm normalises together: the batch (groups = 0), or the channels of each group."""
     if not groups:
         return x_N1C.mean(0, keepdim=True).expand_as(x_N1C)
     grouped = x_N1C.unflatten(2, (groups, -1))
@@ -88,7 +99,15 @@ def average(x_N1C: Tensor, groups: int) -> Tensor:
 
 @torch.no_grad()
 def statistics(norm: nn.Module, z_NPC: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean and 1 / standard deviation of a batch, (N, 1, C) float32 or more, and the groups; BatchNorm takes note."""
+    """Statistics of a batch. Updates the running ones of a BatchNorm.
+
+    Args:
+        norm: BatchNorm3d or GroupNorm, in training mode.
+        z_NPC: the input of the norm.
+
+    Returns:
+        Mean and inverse standard deviation, (N, 1, C) in float32 or better, and the number of groups (0: BatchNorm).
+    """
     groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 0
     exact = torch.promote_types(z_NPC.dtype, torch.float32)
     mean = average(z_NPC.mean(1, keepdim=True, dtype=exact), groups)
@@ -103,7 +122,7 @@ def statistics(norm: nn.Module, z_NPC: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class Convolved(Function):
-    """S through both convolutions of a B3DConv, summed."""
+    """Sum of both convolutions of a B3DConv, applied to the affinities S (N, P, C)."""
 
     @staticmethod
     def forward(
@@ -127,7 +146,7 @@ class Convolved(Function):
 
 
 class RectifiedAndConvolved(Function):
-    """relu(norm(z)) through both convolutions of a B3DConv, summed."""
+    """Sum of both convolutions of a B3DConv, applied to relu(norm(z))."""
 
     @staticmethod
     def forward(
@@ -149,7 +168,7 @@ class RectifiedAndConvolved(Function):
 
 
 class Filtered(Function):
-    """The share of the softmax over support pixels of relu(norm(z)) that is on the mask, and its log-denominator."""
+    """`filtered`, applied to relu(norm(z))."""
 
     @staticmethod
     def forward(
@@ -181,10 +200,19 @@ class Filtered(Function):
 def convolved(
     like: Tensor, part: Callable[[slice], Tensor], over_query: Tensor, over_support: Tensor, shift: Tensor, sizes: Sizes
 ) -> Tensor:
-    """Both convolutions of what `part` gives for a portion of `like`, summed: (N, P, C).
+    """Sum of both convolutions of a B3DConv.
 
-    It has some bytes to spare, so that a gradient of its size fits where it was: PyTorch wants aligned memory, which
-    glibc before 2.38 looks for in blocks that are larger than asked for.
+    Args:
+        like: a tensor with the shape (N, P, C), dtype and device of the input.
+        part: returns a portion of the input.
+        over_query: kernel of the convolution over the query plane, (C', C, k, k, 1).
+        over_support: kernel of the convolution over the support plane, (C', C, 1, k, k).
+        shift: sum of both biases, (C',).
+        sizes: hq, wq, hs, ws.
+
+    Returns:
+        (N, P, C'). Its memory block has some bytes to spare, so that a gradient of the same size can reuse it:
+        PyTorch asks for aligned memory, and glibc before 2.38 only finds it in blocks larger than requested.
     """
     shape = (*like.shape[:2], len(shift))
     out = like.new_empty(math.prod(shape) + 1024)[:-1024].view(shape)
@@ -198,11 +226,12 @@ def convolved(
 
 
 class ConvolvedBackward:
-    """The way back through `convolved`.
+    """The backward pass of `convolved`.
 
     Args:
-        grad: of its result.
-        kernels: of both convolutions.
+        grad: gradient of the result, (N, P, C').
+        kernels: of the convolutions over the query and over the support.
+        sizes: hq, wq, hs, ws.
     """
 
     def __init__(self, grad: Tensor, kernels: list[Tensor], sizes: Sizes) -> None:
@@ -211,7 +240,7 @@ class ConvolvedBackward:
         self.sums = [torch.zeros_like(kernel, dtype=exact) for kernel in kernels]
 
     def __call__(self, i: slice, y: Tensor, wanted: bool = True) -> Tensor:
-        """The gradient of a portion's input y, if wanted (else empty); those of the kernels are added up."""
+        """Adds the portion's gradients of the kernels. Returns the gradient of its input y; if not `wanted`, empty."""
         k = self.kernels[0].shape[2] // 2
         sides = zip(planes(self.grad[i], self.sizes), planes(y, self.sizes), strict=True)
         of_y = []
@@ -225,6 +254,7 @@ class ConvolvedBackward:
 
     @property
     def of_kernels(self) -> list[Tensor]:
+        """Gradients of both kernels."""
         return [total.to(kernel.dtype) for total, kernel in zip(self.sums, self.kernels, strict=True)]
 
 
@@ -241,8 +271,16 @@ def by_support_pixel(x_NPC: Tensor, sizes: Sizes) -> Tensor:
 
 
 def filtered(E_NQSC: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the softmax over S: what is on the mask, and the logarithm of the denominator; (N, Q, C) each."""
+    """Softmax over the support pixels: the share on the mask, and the logarithm of the denominator.
+
+    Args:
+        E_NQSC: enhanced affinities.
+        mask_NS: support masks, values in [0, 1].
+
+    Returns:
+        Share in [0, 1] and log-denominator, each (N, Q, C).
+    """
     softmax = E_NQSC.softmax(dim=2)
     share = (softmax * mask_NS[:, None, :, None]).sum(dim=2)
-    peak = softmax.max(dim=2, keepdim=True)  # exp(its value - logsum); torch.logsumexp takes twice as long
+    peak = softmax.max(dim=2, keepdim=True)  # = exp(E - logsum) at the largest E; torch.logsumexp takes twice as long
     return share, (E_NQSC.gather(2, peak.indices) - peak.values.log()).squeeze(2)

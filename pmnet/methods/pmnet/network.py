@@ -1,4 +1,4 @@
-"""PMNet (paper 3.2): frozen backbone, affinity, HSFM, decoder in a row."""
+"""PMNet (paper 3.2): frozen backbone, affinity, HSFM and decoder."""
 
 from typing import Any, cast
 
@@ -13,21 +13,32 @@ from pmnet.methods.pmnet.decoder import Decoder
 from pmnet.methods.pmnet.hsfm import HSFM, Evidence, Norm, coarse_mask
 from pmnet.methods.pmnet.lean import pairs_at_a_time
 
-MATCHED = ("layer3", "layer4")  # the stages whose every block gives an affinity
+MATCHED = ("layer3", "layer4")  # stages in which every block yields an affinity
 
 
 class PMNetHead(Head):
-    """All that is learned: 675,362 parameters on a ResNet-50.
+    """The trained part of PMNet: 675,362 parameters on a ResNet-50.
 
     Args:
-        channels: feature channels of "layer1".."layer4".
+        channels: feature channels of "layer1" to "layer4"; those of layer3 and layer4 are multiples of 8.
         blocks: number of blocks of "layer3" and "layer4".
-        norm: of the B3DConvs, "batch" (paper) or "group" (the authors' program).
-        linear_heads: a linear layer each for query and support tokens (the authors' DAM model).
+        norm: normalisation of the B3DConvs, "batch" (paper) or "group" (the authors' program).
+        linear_heads: apply a linear layer to the query tokens and one to the support tokens (the authors' DAM model).
         b3dconvs: False is table 6's "w/o B3DConvs".
-        support_background: False is table 6's "w/o Background": support features are multiplied by
-            the resized support mask before the affinity.
-        dropout: of the matched features, while training.
+        support_background: False is table 6's "w/o Background": support features are multiplied by the resized support
+            mask before the affinity.
+        dropout: dropout rate of the matched features in training.
+
+    Raises:
+        ValueError: channels that cannot be split into heads.
+        SettingError: unknown norm.
+
+    Example:
+        >>> from pmnet import PMNetHead
+        >>> channels = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}
+        >>> head = PMNetHead(channels, {"layer3": 6, "layer4": 3})
+        >>> sum(parameter.numel() for parameter in head.parameters())
+        675362
     """
 
     def __init__(
@@ -42,7 +53,7 @@ class PMNetHead(Head):
     ) -> None:
         super().__init__()
         if any(channels[layer] % (2 * HEADS) for layer in MATCHED):
-            raise ValueError(f"layer3 and layer4 need a multiple of {2 * HEADS} channels: {channels}")
+            raise ValueError(f"layer3 and layer4 need a multiple of {2 * HEADS} channels, not {channels}")
         self.support_background = support_background
         self.affinity = nn.ModuleDict({m: Affinity(channels[m], linear_heads, dropout) for m in MATCHED})
         hsfm = {m: HSFM(blocks[m], norm, b3dconvs) for m in MATCHED}
@@ -50,12 +61,15 @@ class PMNetHead(Head):
         self.decoder = Decoder(hsfm["layer3"].out_channels, hsfm["layer4"].out_channels, channels)
 
     def segment(self, query_feats: Features, seen: Support, size: tuple[int, int]) -> Tensor:
-        """Logits (B, 2, H, W): background, foreground.
+        """Segments queries, given what `see` returned.
 
         Args:
-            query_feats: "layer1".."layer4" -> lists of (B, C, h, w), one for layer1 and for layer2.
-            seen: features of "layer3" and "layer4", and masks.
+            query_feats: "layer1" to "layer4" -> list of (B, C, h, w); only the last of layer1 and of layer2 is used.
+            seen: features of "layer3" and "layer4" -> list of (B, K, C, h, w), and masks (B, K, H, W).
             size: H, W of the query.
+
+        Returns:
+            Logits (B, 2, H, W): background, foreground.
         """
         masks = seen.masks.to(query_feats["layer1"][-1].dtype)
         coarse = {m: self.match(m, query_feats[m], seen.features[m], masks) for m in MATCHED}
@@ -63,7 +77,17 @@ class PMNetHead(Head):
         return self.decoder(coarse["layer3"], coarse["layer4"], *low)
 
     def match(self, layer: str, query: list[Tensor], support: list[Tensor], support_masks: Tensor) -> Tensor:
-        """The coarse masks of one stage, (B, C, hq, wq)."""
+        """Computes the coarse masks of one stage.
+
+        Args:
+            layer: "layer3" or "layer4".
+            query: L tensors (B, C, hq, wq).
+            support: L tensors (B, K, C, hs, ws).
+            support_masks: (B, K, H, W), 0 or 1, in the features' dtype.
+
+        Returns:
+            (B, 16, hq, wq), values in [0, 1]; L channels without B3DConvs.
+        """
         B, K = support_masks.shape[:2]
         hq, wq, hs, ws = (*query[0].shape[-2:], *support[0].shape[-2:])
         mask_N1HW = resize(support_masks, (hs, ws)).flatten(0, 1)[:, None]
@@ -78,7 +102,7 @@ class PMNetHead(Head):
             S = affinity([q[episodes] for q in query_tokens], [s[pairs] for s in support_tokens])
             return hsfm(S, mask_N1HW[pairs].flatten(1), (hq, wq), (hs, ws))
 
-        together = any(module.training for module in hsfm.modules())  # pairs that are normalised by one another
+        together = any(module.training for module in hsfm.modules())  # batch statistics need all pairs
         at_once = B * K if together else pairs_at_a_time(hq * wq * hs * ws, mask_N1HW.device)
         parts = [evidence(slice(i, i + at_once)) for i in range(0, B * K, at_once)]
         found = Evidence(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -86,13 +110,14 @@ class PMNetHead(Head):
 
 
 class PMNet(Method):
-    """The whole network. Works on any image size whose sides are multiples of 32, any batch, any shots.
+    """The whole network. Takes any batch size, any number of shots, and image sides that are multiples of 32.
 
     Args:
-        backbone: frozen here: no gradients, always in eval mode.
+        backbone: any backbone; PMNet freezes it: no gradients, always in eval mode.
         head: options of `PMNetHead`: norm, linear_heads, b3dconvs, support_background, dropout.
 
     Example:
+        >>> import torch
         >>> from pmnet import PMNet, ResNetBackbone
         >>> network = PMNet(ResNetBackbone("resnet18", weights="none")).eval()
         >>> query, support = torch.rand(1, 3, 64, 64), torch.rand(1, 5, 3, 64, 64)

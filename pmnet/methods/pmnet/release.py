@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' program (github.com/chenhao-zju/PMNet), read into `PMNetHead`."""
+"""Reads checkpoints of the authors' program (github.com/chenhao-zju/PMNet) into `PMNetHead`."""
 
 import re
 from collections.abc import Mapping
@@ -17,14 +17,25 @@ ROOTS = r"(?:^|\.)((?:conv_4d_blocks|linears|conv_layer|conv4|conv5|mixer[123])\
 
 
 def from_release(state_dict: Mapping[str, Tensor]) -> PMNetHead:
-    """Builds the head from the release's names, in eval mode.
+    """Builds the head from a checkpoint of the authors' program.
 
-    Block counts, the kind of norm, the low-level channels and the presence of linear heads are inferred
-    from the tensors. Prefixes such as `module.model.` are tolerated; the backbone's own tensors and the
-    position codes, which are constants, are ignored.
+    The number of blocks, the kind of norm, the channels and the use of linear heads are inferred from the tensors. The
+    backbone's tensors and the position codes, which are constants, are ignored.
+
+    Args:
+        state_dict: tensors by the authors' names; prefixes such as `module.model.` are allowed.
+
+    Returns:
+        The head in eval mode.
 
     Raises:
-        CheckpointError: a tensor of the head is missing, unknown, or of an unexpected shape.
+        CheckpointError: a tensor of the head is missing, unknown, or has an unexpected shape.
+
+    Example:
+        >>> import torch
+        >>> from pmnet.methods import from_release
+        >>> state_dict = torch.load("released.pth", weights_only=True)  # doctest: +SKIP
+        >>> head = from_release("pmnet", state_dict)  # doctest: +SKIP
     """
     release = {}
     for key, value in state_dict.items():
@@ -33,9 +44,9 @@ def from_release(state_dict: Mapping[str, Tensor]) -> PMNetHead:
             release[found.group(1)] = torch.as_tensor(value)
     try:
         blocks = {STAGE[i]: release[f"conv_4d_blocks.{i}.0.conv1.weight"].shape[1] for i in STAGE}
-        low = release["mixer1.0.weight"].shape[1] - 64  # layer1 and layer2: one part and two parts of it
+        low = release["mixer1.0.weight"].shape[1] - 64  # a third of it from layer1, the rest from layer2
     except KeyError as error:
-        raise CheckpointError(f"Not a checkpoint of the authors' program: no tensor {error}.") from error
+        raise CheckpointError(f"This is not a checkpoint of the authors' PMNet: it has no tensor {error}.") from error
     linear_heads = "linears.2.0.weight" in release
     layer3 = release["linears.2.0.weight"].shape[0] if linear_heads else 4 * low // 3
     channels = {"layer1": low // 3, "layer2": 2 * low // 3, "layer3": layer3, "layer4": 2 * layer3}
@@ -43,7 +54,7 @@ def from_release(state_dict: Mapping[str, Tensor]) -> PMNetHead:
     try:
         head = PMNetHead(channels, blocks, norm=norm, linear_heads=linear_heads)
     except ValueError as error:
-        raise CheckpointError(f"mixer1.0.weight has a shape that no backbone gives: {error}.") from error
+        raise CheckpointError(f"mixer1.0.weight has a shape that fits no backbone: {error}.") from error
 
     own = head.state_dict()
     renamed = {rename(key): value for key, value in release.items()}
@@ -54,7 +65,7 @@ def from_release(state_dict: Mapping[str, Tensor]) -> PMNetHead:
     wrong = [k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape]
     if missing or unknown or wrong:
         raise CheckpointError(
-            "Not the head of the authors' PMNet or DAM: "
+            "The tensors are not those of the authors' PMNet or DAM: "
             f"missing {missing[:3]}, unknown {unknown[:3]}, of another shape {wrong[:3]}."
         )
     head.load_state_dict(renamed)
@@ -62,7 +73,7 @@ def from_release(state_dict: Mapping[str, Tensor]) -> PMNetHead:
 
 
 def rename(key: str) -> str:
-    """The name in `PMNetHead` of a tensor of the release."""
+    """Converts a tensor's name in the authors' program to its name in `PMNetHead`."""
     root, *path = key.split(".")
     if root == "conv_4d_blocks":  # <stage>.<0 conv, 1 norm, 3 conv, 4 norm>...
         stage, step, *rest = path

@@ -1,4 +1,4 @@
-"""The head against a golden file of the authors' program and against a second, literal implementation."""
+"""The head against a golden file of the authors' program and against a second, plain implementation."""
 
 import re
 from functools import partial
@@ -33,14 +33,14 @@ every_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIAN
 
 @pytest.fixture
 def exact_code(monkeypatch):
-    """The position code is computed in float32; without its rounding, float64 comparisons hold to 1e-9."""
+    """Replaces the float32 position code by one in float64, so that comparisons in float64 hold to 1e-9."""
     monkeypatch.setattr(
         pmnet.methods.pmnet.affinity, "position_code", lambda t, c, like: plain.position_code(t, c).to(like)
     )
 
 
 def random_head(seed=0, channels=SMALL, blocks=BLOCKS, **options):
-    """In eval mode, with every tensor away from its initial value, so that none can be left out unnoticed."""
+    """A head in eval mode with no tensor at its initial value, so that a test fails if one is left out."""
     torch.manual_seed(seed)
     head = PMNetHead(channels, blocks, **options).eval()
     for name, tensor in head.state_dict().items():
@@ -92,7 +92,7 @@ def golden(shared):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module.model."])
-def test_logits_of_the_authors_program_are_reproduced(golden, prefix):
+def test_logits_equal_those_of_the_authors_program(golden, prefix):
     others = {
         "feature_extractor.layer4.2.conv3.weight": torch.zeros(1),
         "feature_extractor.conv4.weight": torch.zeros(1),
@@ -149,14 +149,14 @@ RELEASED = {
 }
 
 
-def test_names_of_the_release_are_those_of_the_golden_file(golden):
+def test_release_state_has_the_names_of_the_golden_file(golden):
     head = PMNetHead(RESNET, {"layer3": 6, "layer4": 3}, norm="group")
     shapes = {name: tensor.shape for name, tensor in golden_weights(golden).items()}
     assert {name: tensor.shape for name, tensor in release_state(head).items()} == shapes
 
 
 @pytest.mark.parametrize("options", RELEASED.values(), ids=RELEASED.keys())
-def test_kind_of_head_is_inferred_from_a_release_state_dict(options):
+def test_options_are_inferred_from_a_release_state_dict(options):
     head = random_head(**options)
     read = from_release(release_state(head))
     assert not read.training
@@ -165,7 +165,7 @@ def test_kind_of_head_is_inferred_from_a_release_state_dict(options):
         assert torch.equal(read.state_dict()[name], tensor), name
 
 
-def test_channels_of_a_network_other_than_resnet50_are_inferred():
+def test_channels_of_other_backbones_are_inferred_from_a_release():
     channels = {"layer1": 128, "layer2": 256, "layer3": 512, "layer4": 1024}
     head = PMNetHead(channels, {"layer3": 18, "layer4": 2}, norm="group")
     read = from_release(release_state(head))
@@ -211,7 +211,7 @@ def test_unknown_tensor_of_a_release_is_refused(name):
         ("conv_4d_blocks.2.3.conv1.weight", (16,)),
     ],
 )
-def test_tensor_of_another_shape_is_refused(name, shape):
+def test_release_tensor_of_another_shape_is_refused(name, shape):
     release = release_state(random_head(norm="group"))
     release[name] = torch.zeros(shape)
     with pytest.raises(CheckpointError):
@@ -219,7 +219,7 @@ def test_tensor_of_another_shape_is_refused(name, shape):
 
 
 @pytest.mark.parametrize("state", [{}, {"fc.weight": torch.zeros(2, 2)}])
-def test_state_dict_of_something_else_is_refused(state):
+def test_state_dict_of_another_program_is_refused(state):
     with pytest.raises(CheckpointError):
         from_release(state)
 
@@ -290,11 +290,11 @@ def test_gradients_agree_with_the_plain_implementation(options):
     ]
     for name, ours, theirs in zip(wanted, *gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
-        # a bias in front of a normalisation over all it shifts is no use, hence no demand on biases
+        # biases are exempt, because a normalisation may cancel them
         assert name.endswith("bias") or theirs.abs().max() > 1e-9, f"{name} does not matter in this test"
 
 
-def test_pairs_enhanced_in_parts_or_at_once_are_the_same(monkeypatch):
+def test_processing_pairs_in_parts_changes_nothing(monkeypatch):
     head, inputs = random_head().double(), random_inputs(shots=3, batch=2)
     with torch.no_grad():
         at_once = head(*inputs)
@@ -304,8 +304,8 @@ def test_pairs_enhanced_in_parts_or_at_once_are_the_same(monkeypatch):
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("largest", [1, 2**21])
-def test_training_agrees_with_ready_operations(norm, largest, monkeypatch):
-    """Statistics of the batch among them, which the slow formulas above do not have."""
+def test_training_agrees_with_standard_operations(norm, largest, monkeypatch):
+    """Includes batch statistics, which the plain implementation lacks."""
     monkeypatch.setattr(pmnet.methods.pmnet.lean, "ON_CPU", largest)
     head = random_head(norm=norm, dropout=0.0).double().train()
     inputs = random_inputs(batch=3)
@@ -320,7 +320,7 @@ def test_training_agrees_with_ready_operations(norm, largest, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
 
 
-def test_batch_norms_may_be_held_while_the_rest_is_trained():
+def test_batch_norms_may_stay_in_eval_mode_in_training():
     head, inputs = random_head(dropout=0.0).double(), random_inputs(batch=2)
     with torch.no_grad():
         expected, running = head(*inputs), {name: t.clone() for name, t in head.named_buffers()}
@@ -335,8 +335,8 @@ def test_batch_norms_may_be_held_while_the_rest_is_trained():
     assert all(p.grad is not None for p in head.parameters())
 
 
-def test_other_norms_do_their_own_work_in_training():
-    """`trainer.sync_batchnorm=true` puts another in the place of each BatchNorm."""
+def test_other_norm_classes_are_called_in_training():
+    """`trainer.sync_batchnorm=true` replaces each BatchNorm."""
 
     class Counting(torch.nn.BatchNorm3d):
         seen = 0
@@ -358,7 +358,7 @@ def test_other_norms_do_their_own_work_in_training():
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_gradients_through_a_norm_are_rounded_once(norm, low):
-    """As PyTorch's own norms do it; step by step in float16, with a loss that is scaled, small slopes would vanish."""
+    """Like PyTorch's norms. If each step were rounded to float16, small gradients of a scaled loss would vanish."""
     random = torch.Generator().manual_seed(0)
     z = torch.randn(4, 900, 16, generator=random).mul_(3).add_(1).to(low)
     given = torch.randn(4, 900, 16, generator=random).mul_(1e-4).to(low)
@@ -370,14 +370,14 @@ def test_gradients_through_a_norm_are_rounded_once(norm, low):
     exact = z.double().requires_grad_()
     normed = layer.double()(exact.movedim(2, 1)[..., None, None]).flatten(2).movedim(1, 2)
     (theirs,) = torch.autograd.grad(normed.relu(), exact, given.double())
-    decided = normed.abs() > 1e-3  # elsewhere ReLU may fall on either side
+    decided = normed.abs() > 1e-3  # closer to 0, rounding may change the sign
     worst = (ours.double() - theirs).abs()[decided].max() / theirs.abs().max()
     assert worst < torch.finfo(low).eps
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_training_in_half_precision_is_near_that_in_full(norm):
-    """On maps of some size: below 8x8 PyTorch sums its bfloat16 gradients of convolutions up badly."""
+def test_gradients_in_half_precision_are_close_to_those_in_full(norm):
+    """The maps are large because PyTorch's bfloat16 gradients of convolutions are inaccurate on maps below 8x8."""
     head = random_head(norm=norm, dropout=0.0).train()
     inputs = random_inputs(query_size=(256, 256), support_size=(256, 256), dtype=torch.float32)
     found = []
@@ -392,13 +392,13 @@ def test_training_in_half_precision_is_near_that_in_full(norm):
 
 
 @pytest.mark.parametrize("shots", [1, 3])
-def test_ready_operations_agree_with_the_plain_implementation(shots):
+def test_standard_operations_agree_with_the_head(shots):
     head, inputs = random_head().double(), random_inputs(shots=shots, batch=2)
     with torch.no_grad():
         torch.testing.assert_close(plain_network_head(head, *inputs), head(*inputs), rtol=0, atol=1e-12)
 
 
-def test_whole_network_agrees_on_features_of_its_backbone():
+def test_whole_network_agrees_with_the_plain_implementation():
     torch.manual_seed(0)
     network = PMNet(SmallBackbone("none"), norm="group").eval()
     query, support = torch.randn(2, 3, 64, 96), torch.randn(2, 3, 3, 96, 64)
@@ -413,10 +413,10 @@ def test_whole_network_agrees_on_features_of_its_backbone():
         torch.testing.assert_close(network(query, support, masks), expected, rtol=0, atol=1e-5)
 
 
-def test_dropout_of_a_half_falls_on_query_and_support_tokens_while_training():
+def test_dropout_applies_to_query_and_support_tokens_in_training():
     torch.manual_seed(0)
     affinity = Affinity(8)
-    # token 0 has the code 0, 1, 0, 1, ...: what remains is 1, 0, 1, 0, ... and each inner product 1 * 1
+    # token 0 has the code 0, 1, 0, 1, ...; the sum is 1, 0, 1, 0, ..., so each head's inner product is 1 * 1
     feature = torch.tensor([1.0, -1.0] * 4).view(1, 8, 1, 1).expand(4096, -1, -1, -1)
     affinity.train()
     S = affinity(affinity.query_tokens([feature]), affinity.support_tokens([feature]))
@@ -447,7 +447,7 @@ def test_dropout_drops_its_share_independently_and_keeps_the_mean(p):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_dropout_is_an_option_of_the_network(dropout):
+def test_dropout_rate_is_an_option_of_the_network(dropout):
     network = PMNet(SmallBackbone("none"), norm="group", dropout=dropout)
     torch.manual_seed(0)
     inputs = torch.randn(1, 3, 64, 64), torch.randn(1, 1, 3, 64, 64), torch.ones(1, 1, 64, 64)
@@ -467,12 +467,12 @@ def test_order_of_shots_does_not_matter(options):
     with torch.no_grad():
         logits = head(query, support, masks)
         torch.testing.assert_close(head(query, *with_shots(support, masks, [2, 0, 1])), logits, rtol=0, atol=1e-9)
-        swapped = head(query, with_shots(support, masks, [2, 0, 1])[0], masks)  # each with another's mask
+        swapped = head(query, with_shots(support, masks, [2, 0, 1])[0], masks)  # masks of other shots
     assert (swapped - logits).abs().max() > 1e-6
 
 
 @every_variant
-def test_repeating_a_support_is_the_same_as_showing_it_once(options):
+def test_repeating_a_support_changes_nothing(options):
     head = random_head(**options).double()
     query, support, masks = random_inputs()
     with torch.no_grad():
@@ -480,7 +480,7 @@ def test_repeating_a_support_is_the_same_as_showing_it_once(options):
     torch.testing.assert_close(repeated, once, rtol=0, atol=1e-9)
 
 
-def test_number_of_shots_may_change_from_call_to_call():
+def test_number_of_shots_may_differ_between_calls():
     head = random_head().double()
     query, support, masks = random_inputs(shots=5)
     with torch.no_grad():
@@ -500,7 +500,7 @@ def test_masks_may_have_any_dtype(dtype):
         assert torch.equal(head(query, support, masks.to(dtype)), head(query, support, masks))
 
 
-# Supports that were seen before
+# Processing supports once
 
 
 @pytest.fixture(scope="module")
@@ -509,7 +509,7 @@ def network():
 
 
 @pytest.mark.parametrize("episodes, queries", [(1, 1), (1, 3), (2, 2)])
-def test_supports_seen_before_give_the_same(network, episodes, queries):
+def test_see_and_segment_equal_forward(network, episodes, queries):
     torch.manual_seed(0)
     query, support = torch.randn(queries, 3, 64, 96), torch.randn(episodes, 2, 3, 96, 64)
     masks = torch.rand(episodes, 2, 96, 64) < 0.4
@@ -525,9 +525,9 @@ def test_supports_seen_before_give_the_same(network, episodes, queries):
         torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
 
 
-def test_supports_of_other_episodes_are_refused(network):
+def test_segment_refuses_queries_that_do_not_match(network):
     seen = network.see(torch.rand(2, 1, 3, 32, 32), torch.ones(2, 1, 32, 32))
-    with pytest.raises(ValueError, match="3 queries do not go with the supports of 2 episodes"):
+    with pytest.raises(ValueError, match="3 queries do not match the supports of 2 episodes"):
         network.segment(torch.rand(3, 3, 32, 32), seen)
     with pytest.raises(ValueError, match="multiples of 32"):
         network.segment(torch.rand(2, 3, 33, 32), seen)
@@ -541,12 +541,12 @@ def test_supports_of_other_episodes_are_refused(network):
 @pytest.mark.parametrize(
     "query_size, support_size", [((100, 64), (64, 64)), ((64, 48), (64, 64)), ((64, 64), (64, 65))]
 )
-def test_side_that_is_no_multiple_of_32_is_refused(network, query_size, support_size):
+def test_sides_must_be_multiples_of_32(network, query_size, support_size):
     with pytest.raises(ValueError, match="multiples of 32"):
         network(torch.rand(1, 3, *query_size), torch.rand(1, 1, 3, *support_size), torch.ones(1, 1, *support_size))
 
 
 @pytest.mark.parametrize("queries, masks", [(2, (1, 2)), (1, (1, 1)), (1, (2, 2))])
-def test_shapes_that_do_not_belong_together_are_refused(network, queries, masks):
-    with pytest.raises(ValueError, match="want query"):
+def test_shapes_must_match(network, queries, masks):
+    with pytest.raises(ValueError, match="expected query"):
         network(torch.rand(queries, 3, 32, 32), torch.rand(1, 2, 3, 32, 32), torch.ones(*masks, 32, 32))
