@@ -1,4 +1,4 @@
-"""The LightningModule: loss, steps, optimiser, and what a checkpoint holds."""
+"""The LightningModule: loss, training and test steps, optimiser, and the content of checkpoints."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from pmnet.errors import CheckpointError, NonFiniteLossError
 from pmnet.methods.base import IGNORE, Criterion, Method
 from pmnet.training.metrics import FewShotIoU, areas
 
-if TYPE_CHECKING:  # batches are read by their fields' names alone
+if TYPE_CHECKING:  # at run time, any object with the fields of an Episode will do
     from datamodules import Episode
 
 PREFIX = "network."
@@ -23,12 +23,13 @@ PREFIX = "network."
 
 @dataclass(frozen=True)
 class TestResult:
-    """Percentages over all test episodes.
+    """Scores of all test episodes, in percent.
 
     Attributes:
         scores: "miou", "fb_iou", and "iou_per_class" in the order of the module's class ids.
-        baselines: the same for what was scored beside the method: "all_foreground" marks everything, then the floors.
-        episode_iou: place in the episode list -> IoU of the foreground.
+        baselines: name -> scores of the baselines on the same episodes: "all_foreground", which marks every pixel, and
+            the floors.
+        episode_iou: index in the episode list -> foreground IoU.
     """
 
     scores: dict[str, Any]
@@ -37,17 +38,25 @@ class TestResult:
 
 
 class FewShotModule(L.LightningModule):
-    """Trains and tests a method, which it knows by the contract in `pmnet/methods/base.py` alone.
+    """Trains and tests any method that follows the contract in `pmnet/methods/base.py`.
 
     Args:
         network: the method.
         class_ids: the classes that the test averages over.
-        loss: of logits (B, 2, H, W) and masks (B, H, W) int64 with 255 = ignore.
-        optimizer: builds the optimiser from the parameters that the method learns.
-        scheduler: builds a schedule from the optimiser, stepped once an epoch; None keeps the rate.
-        record: what the training is made of (plain values); goes into checkpoints.
-        val_class_ids: the classes that validation averages over; None for those of the test.
-        floors: methods on the same backbone that learn nothing, tested on the same episodes: name -> method.
+        loss: loss of logits (B, 2, H, W) and masks (B, H, W) int64 with 255 = ignore.
+        optimizer: builds the optimiser from the parameters that the method trains.
+        scheduler: builds the schedule from the optimiser; it steps after every epoch. None keeps the learning rate.
+        record: plain values that describe the training; stored in checkpoints.
+        val_class_ids: the classes that validation averages over; None uses `class_ids`.
+        floors: name -> training-free method on the same backbone, tested on the same episodes as a baseline.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from pmnet import PMNet, SmallBackbone
+        >>> loss = torch.nn.CrossEntropyLoss(ignore_index=255)
+        >>> module = FewShotModule(PMNet(SmallBackbone("quickstart")), [3, 5], loss, partial(torch.optim.SGD, lr=1e-3))
+        >>> # lightning.Trainer(max_epochs=10).fit(module, datamodule)
     """
 
     def __init__(
@@ -64,7 +73,7 @@ class FewShotModule(L.LightningModule):
         super().__init__()
         self.network, self.loss, self.record = network, loss, record or {}
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.floors = dict(floors or {})  # no submodules: they share the network's backbone and have no weights
+        self.floors = dict(floors or {})  # a plain dict, no submodules: they share the backbone and have no weights
         self.val_iou = FewShotIoU(class_ids if val_class_ids is None else val_class_ids)
         self.test_iou = FewShotIoU(class_ids)
         baselines = {name: FewShotIoU(class_ids) for name in ("all_foreground", *self.floors)}
@@ -72,11 +81,15 @@ class FewShotModule(L.LightningModule):
         self.test_index, self.test_episode_iou = CatMetric(), CatMetric()
 
     def forward(self, batch: "Episode") -> Tensor:
-        """Masks (B, H, W) bool."""
+        """Predicts the query masks, (B, H, W) bool."""
         return self.network.predict(batch.query, batch.support, batch.support_masks)
 
     def training_step(self, batch: "Episode", batch_index: int) -> Tensor:
-        """The method's loss, by default 2-way cross-entropy over the pixels not marked 255."""
+        """The method's loss, a scalar; by default, cross-entropy over the pixels that are not 255.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; the message names the episodes.
+        """
         loss = self.network.loss(batch, self.loss)
         if not torch.isfinite(loss):
             alone = [self.network.loss(part(batch, i), self.loss).isfinite() for i in range(len(batch.spec))]
@@ -86,25 +99,28 @@ class FewShotModule(L.LightningModule):
         return loss
 
     def refuse(self, specs: list[Any]) -> None:
+        """Raises NonFiniteLossError with the names of the episodes' images."""
         episodes = "; ".join(f"query {s.query}, supports {', '.join(s.supports)}, class {s.class_id}" for s in specs)
         raise NonFiniteLossError(
             f"The loss is NaN or infinite in epoch {self.trainer.current_epoch}, step {self.trainer.global_step}. "
-            f"Episode: {episodes}. The last checkpoint was saved before this. Look at these images, lower the learning "
-            "rate (optimizer.lr) or use trainer.precision=32-true."
+            f"Episodes: {episodes}. The last checkpoint was saved before that. Check these images, lower "
+            "the learning rate (optimizer.lr), or set trainer.precision=32-true."
         )
 
     def validation_step(self, batch: "Episode", batch_index: int) -> None:
+        """Scores the method on validation episodes."""
         self.val_iou.update(self(batch), batch.query_mask == 1, batch.class_id, batch.query_mask == IGNORE)
         self.show_running(self.val_iou)
 
     def on_validation_epoch_end(self) -> None:
+        """Logs the validation scores and resets the metric."""
         scores = self.val_iou.compute()
         self.log("val/miou", scores["miou"], prog_bar=True)
         self.log("val/fb_iou", scores["fb_iou"])
         self.val_iou.reset()
 
     def test_step(self, batch: "Episode", batch_index: int) -> None:
-        """Scores the method, and in the same pass of the backbone the floors."""
+        """Scores the method and the floors, with one forward pass of the backbone for all."""
         truth, ignore = batch.query_mask == 1, batch.query_mask == IGNORE
         images = batch.query, batch.support, batch.support_masks
         self.network.check(*images)
@@ -123,14 +139,16 @@ class FewShotModule(L.LightningModule):
         self.show_running(self.test_iou)
 
     def show_running(self, iou: FewShotIoU) -> None:
+        """Shows the mIoU so far in the progress bar."""
         self.log("miou", iou.running()["miou"], prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def on_test_epoch_start(self) -> None:
+        """Resets all test metrics."""
         for metric in (self.test_iou, *self.test_baselines.values(), self.test_index, self.test_episode_iou):
             metric.reset()
 
     def on_test_epoch_end(self) -> None:
-        """Keeps `test_result`, the same on every process, for the runner to write down."""
+        """Sets `test_result`, which is the same on every process."""
         scores = self.test_iou.compute()
         index, iou = (metric.compute().reshape(-1) for metric in (self.test_index, self.test_episode_iou))
         self.log_dict({"test/miou": scores["miou"], "test/fb_iou": scores["fb_iou"]}, logger=False)
@@ -141,39 +159,54 @@ class FewShotModule(L.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
+        """Optimiser and schedule for Lightning."""
         optimizer = self.make_optimizer(self.network.learned())
         if self.make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
 
-    # A checkpoint holds what is learned, and says which backbone it needs.
+    # A checkpoint contains the trained tensors and names the backbone they need.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Removes the frozen tensors from the checkpoint; adds the record and the source of the backbone's weights.
+
+        Raises:
+            NonFiniteLossError: a weight is NaN or infinite.
+        """
         frozen = {PREFIX + name for name in set(self.network.state_dict()) - self.network.saved()}
         state = {name: value for name, value in checkpoint["state_dict"].items() if name not in frozen}
         bad = [k for k, v in state.items() if not torch.isfinite(v).all()]
         if bad:
             raise NonFiniteLossError(
-                f"Weights became infinite or NaN ({bad[0]}) in epoch {self.trainer.current_epoch}. They are not saved; "
-                "the last checkpoint was saved before this. Lower the learning rate (optimizer.lr)."
+                f"Weights became NaN or infinite ({bad[0]}) in epoch {self.trainer.current_epoch} and are not saved. "
+                "The last checkpoint was saved before that. Lower the learning rate (optimizer.lr)."
             )
         checkpoint["state_dict"], checkpoint["record"] = state, self.record
         checkpoint["backbone"] = self.network.backbone.provenance.as_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks the checkpoint and adds the frozen tensors. Raises CheckpointError if it does not fit."""
         check_checkpoint(checkpoint, self.network)
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
 
 
 def check_checkpoint(checkpoint: dict[str, Any], network: Method) -> None:
-    """Raises CheckpointError where a checkpoint is of another backbone or another network."""
+    """Checks that a checkpoint fits a network.
+
+    Args:
+        checkpoint: the content of a file that `FewShotModule` saved.
+        network: the method to load it into.
+
+    Raises:
+        CheckpointError: the checkpoint is from another program, or needs another backbone or another network.
+    """
     have = network.backbone.provenance
     need = checkpoint.get("backbone")
     wanted = {"backbone", "weights", "source", "sha256"}
     if not isinstance(need, dict) or not wanted <= need.keys() or "state_dict" not in checkpoint:
         raise CheckpointError(
-            "This file is not a checkpoint of this program: it does not say which backbone it needs. Checkpoints "
-            "of a method's authors are read by pmnet.methods.from_release(name, state_dict)."
+            "This file is not a checkpoint of this program: it does not name the backbone that it needs. To load a "
+            "checkpoint of a method's authors, call pmnet.methods.from_release(name, state_dict)."
         )
     if need["sha256"] != have.sha256:
         raise CheckpointError(
@@ -188,15 +221,15 @@ def check_checkpoint(checkpoint: dict[str, Any], network: Method) -> None:
     if saved != own:
         differ = sorted(k for k in saved.keys() | own.keys() if saved.get(k) != own.get(k))
         raise CheckpointError(
-            f"The checkpoint is of another network than {type(network).__name__} as configured: {len(differ)} tensors "
-            f"differ (for instance '{differ[0]}': {saved.get(differ[0], 'absent')} in the file, "
-            f"{own.get(differ[0], 'absent')} here). Choose the model it was trained with (model=..., "
+            f"The checkpoint belongs to another network than {type(network).__name__} as configured: {len(differ)} "
+            f"tensors differ (for example '{differ[0]}': {saved.get(differ[0], 'absent')} in the file, "
+            f"{own.get(differ[0], 'absent')} here). Choose the model that it was trained with (model=..., "
             "model.b3dconvs=..., backbone=...)."
         )
 
 
 def part(batch: "Episode", i: int) -> "Episode":
-    """The batch of one episode of a batch."""
+    """A batch of only the i-th episode of a batch."""
     names = ("query", "query_mask", "support", "support_masks", "class_id", "index")
     return replace(batch, **{name: getattr(batch, name)[i : i + 1] for name in names}, spec=batch.spec[i : i + 1])
 

@@ -31,7 +31,7 @@ def assert_same(ours, theirs):
 
 
 def plain_scores(pred, target, class_id, ignore, classes):
-    """The published evaluator in sets of (episode, row, column)."""
+    """The formulas of the published evaluator, on sets of (episode, row, column)."""
     intersection, union = np.zeros((len(classes), 2)), np.zeros((len(classes), 2))
     for i, c in enumerate(classes):
         episodes = [e for e in range(len(pred)) if class_id[e] == c]
@@ -43,7 +43,7 @@ def plain_scores(pred, target, class_id, ignore, classes):
     return per_class.mean(), (100 * intersection.sum(0) / union.sum(0)).mean(), per_class
 
 
-def test_scores_of_the_published_evaluator(shared):
+def test_scores_equal_those_of_the_published_evaluator(shared):
     golden = {k: torch.from_numpy(v) for k, v in np.load(shared / "golden" / "metrics_pascal.npz").items()}
     metric = FewShotIoU(golden["class_ids"].tolist())
     for batch in torch.arange(len(golden["pred"])).split(7):
@@ -55,7 +55,7 @@ def test_scores_of_the_published_evaluator(shared):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_scores_agree_with_sets_of_pixels(seed):
+def test_scores_equal_those_of_sets_of_pixels(seed):
     episodes = random_episodes(seed=seed)
     miou, fb_iou, per_class = plain_scores(*episodes, CLASSES)
     ours = scores(episodes)
@@ -64,32 +64,32 @@ def test_scores_agree_with_sets_of_pixels(seed):
     np.testing.assert_allclose(ours["iou_per_class"], per_class, atol=1e-4)
 
 
-def test_nothing_is_ignored_by_default():
+def test_every_pixel_counts_by_default():
     pred, target, class_id, ignore = random_episodes()
     assert_same(scores((pred, target, class_id)), scores((pred, target, class_id, torch.zeros_like(ignore))))
     assert scores((pred, target, class_id))["miou"] != scores((pred, target, class_id, ignore))["miou"]
 
 
-def test_what_lies_under_ignored_pixels_does_not_matter():
+def test_values_of_ignored_pixels_do_not_matter():
     pred, target, class_id, ignore = random_episodes()
     other = torch.where(ignore != 0, 1 - pred, pred), torch.where(ignore != 0, 1 - target, target)
     assert_same(scores((*other, class_id, ignore)), scores((pred, target, class_id, ignore)))
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_order_and_batches_do_not_matter(batch):
+def test_order_and_batch_size_do_not_matter(batch):
     episodes = random_episodes()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     parts = [tuple(x[part] for x in episodes) for part in order.split(batch)]
     assert_same(scores(*parts), scores(episodes))
 
 
-def test_metrics_of_two_processes_add_up_to_one():
+def test_metrics_of_two_processes_are_summed():
     episodes = random_episodes()
     first, second = FewShotIoU(CLASSES), FewShotIoU(CLASSES)
     first.update(*(x[:7] for x in episodes))
     second.update(*(x[7:] for x in episodes))
-    first.merge_state(second)  # by the states' own reduction, as between processes
+    first.merge_state(second)  # uses the states' reduction, as between processes
     assert_same(first.compute(), scores(episodes))
 
 
@@ -102,23 +102,23 @@ def test_class_without_episodes_counts_as_zero():
     assert ours["fb_iou"] == alone["fb_iou"]
 
 
-def test_class_absent_from_prediction_and_truth_counts_as_zero():
+def test_class_without_pixels_in_prediction_and_truth_counts_as_zero():
     nothing = torch.zeros(1, 6, 5)
     ours = scores((nothing, nothing, torch.tensor([9])), classes=[9])
     assert ours["miou"] == 0
     assert ours["fb_iou"] == 50
 
 
-def test_pixels_are_summed_before_the_division():
+def test_pixels_are_summed_before_dividing():
     target = torch.zeros(2, 1, 100)
     target[0, 0, :1], target[1, 0, :99] = 1, 1
     pred = target.clone()
-    pred[0] = 0  # one object of 1 pixel missed, one of 99 found: 99/100 and not (0 + 1) / 2
+    pred[0] = 0  # misses an object of 1 pixel, finds one of 99: the IoU is 99/100, not (0 + 1) / 2
     assert scores((pred, target, torch.tensor([9, 9])), classes=[9])["miou"].item() == pytest.approx(99)
 
 
 @pytest.mark.parametrize("class_id", [[5, 9], [9, 5]])
-def test_foreign_class_is_refused_and_leaves_no_trace(class_id):
+def test_unknown_class_is_refused_and_changes_nothing(class_id):
     metric = FewShotIoU(CLASSES)
     ones = torch.ones(2, 6, 5)
     with pytest.raises(ValueError, match="class_id"):
@@ -133,7 +133,7 @@ def test_masks_may_have_any_dtype(dtype):
     assert_same(scores(others), scores((pred, target, class_id, ignore)))
 
 
-def test_reset_forgets():
+def test_reset_clears_the_sums():
     metric = FewShotIoU(CLASSES)
     metric.update(*random_episodes(seed=1))
     metric.reset()
@@ -141,7 +141,7 @@ def test_reset_forgets():
     assert_same(metric.compute(), scores(random_episodes(seed=2)))
 
 
-def test_running_is_the_score_so_far():
+def test_running_scores_include_all_episodes_so_far():
     metric = FewShotIoU(CLASSES)
     metric.update(*random_episodes(seed=1))
     assert_same(metric.running(), scores(random_episodes(seed=1)))

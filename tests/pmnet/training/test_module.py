@@ -24,7 +24,7 @@ TRAINER = SimpleNamespace(current_epoch=7, global_step=123)
 def make_module(monkeypatch=None, seed=0, scheduler=None, **options):
     torch.manual_seed(seed)
     module = FewShotModule(PMNet(SmallBackbone("none"), **options), CLASSES, LOSS, partial(SGD, lr=0.1), scheduler)
-    if monkeypatch:  # Lightning's own logging needs a trainer at work
+    if monkeypatch:  # Lightning's logging needs a running trainer
         module.logged = {}
         monkeypatch.setattr(module, "log", lambda name, value, **_: module.logged.update({name: value}))
         monkeypatch.setattr(module, "log_dict", module.logged.update)
@@ -51,7 +51,7 @@ def make_batch(seed=0, B=3, K=1):
 
 
 def change_logits(module, change):
-    """Has the head answer `change(logits)`; returns the list in which its answers are kept."""
+    """Makes the head return `change(logits)`. Returns a list that collects these outputs."""
     kept, segment = [], module.network.head.segment
 
     def changed(*arguments):
@@ -65,7 +65,7 @@ def change_logits(module, change):
 # Training
 
 
-def test_training_loss_is_the_binary_cross_entropy_of_the_pixels_that_count(monkeypatch):
+def test_training_loss_is_the_cross_entropy_over_pixels_not_ignored(monkeypatch):
     module, batch = make_module(monkeypatch), make_batch()
     kept = change_logits(module, lambda logits: logits.clone())
     loss = module.training_step(batch, 0)
@@ -82,13 +82,13 @@ def test_training_loss_is_the_binary_cross_entropy_of_the_pixels_that_count(monk
     assert module.logged["train/loss"] == loss
 
 
-def test_loss_of_a_batch_without_a_pixel_that_counts_is_zero(monkeypatch):
+def test_loss_is_zero_if_every_pixel_is_ignored(monkeypatch):
     module, batch = make_module(monkeypatch), make_batch()
     loss = module.training_step(replace(batch, query_mask=torch.full_like(batch.query_mask, 255)), 0)
     assert loss.item() == 0
 
 
-def test_loss_reaches_every_part_of_the_head_and_nothing_of_the_backbone(monkeypatch):
+def test_gradients_reach_every_part_of_the_head_and_none_of_the_backbone(monkeypatch):
     module = make_module(monkeypatch)
     module.training_step(make_batch(), 0).backward()
     assert all(p.grad is None for p in module.network.backbone.parameters())
@@ -96,11 +96,11 @@ def test_loss_reaches_every_part_of_the_head_and_nothing_of_the_backbone(monkeyp
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_loss_that_is_no_number_names_the_broken_episode(monkeypatch, value):
+def test_message_for_a_non_finite_loss_names_the_episode(monkeypatch, value):
     module = make_module(monkeypatch)
 
     def break_second(logits):
-        if len(logits) == 3:  # the batch; then its episodes one by one
+        if len(logits) == 3:  # the batch; its episodes follow one by one
             logits[1, 0] = value
         elif len(kept) == 2:
             logits[0, 0] = value
@@ -117,14 +117,14 @@ def test_loss_that_is_no_number_names_the_broken_episode(monkeypatch, value):
     assert "epoch 7, step 123" in message
 
 
-def test_optimizer_gets_the_head_alone():
+def test_optimizer_gets_only_the_head():
     module = make_module()
     optimizer = module.configure_optimizers()
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert own == {id(p) for p in module.network.head.parameters()}
 
 
-def test_scheduler_drives_the_optimizer_of_the_module():
+def test_scheduler_changes_the_learning_rate():
     made = make_module(scheduler=partial(StepLR, step_size=1, gamma=0.5)).configure_optimizers()
     made["optimizer"].step()
     made["lr_scheduler"].step()
@@ -134,10 +134,10 @@ def test_scheduler_drives_the_optimizer_of_the_module():
 # Validation and test
 
 
-def test_validation_scores_its_episodes_and_starts_anew(monkeypatch):
+def test_each_validation_scores_only_its_own_episodes(monkeypatch):
     module = make_module(monkeypatch).eval()
     change_logits(module, lambda logits: torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)))
-    for seed in (1, 2):  # one batch an epoch: what came before must not count
+    for seed in (1, 2):  # one batch per epoch: earlier epochs must not count
         batch = make_batch(seed)
         module.validation_step(batch, 0)
         module.on_validation_epoch_end()
@@ -148,7 +148,7 @@ def test_validation_scores_its_episodes_and_starts_anew(monkeypatch):
         assert module.logged["val/fb_iou"] == expected.compute()["fb_iou"]
 
 
-def test_test_result_holds_all_episodes_of_the_last_test_alone(monkeypatch):
+def test_result_contains_all_episodes_of_only_the_last_test(monkeypatch):
     module = make_module(monkeypatch).eval()
     kept = change_logits(module, lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(len(kept))))
     for seeds in ((3,), (1, 2)):
@@ -185,7 +185,7 @@ def saved(module):
     return checkpoint
 
 
-def test_checkpoint_holds_the_head_alone_and_says_which_backbone_it_needs():
+def test_checkpoint_contains_only_the_head_and_names_its_backbone():
     module = make_module()
     checkpoint = saved(module)
     head = {f"network.head.{name}": tensor for name, tensor in module.network.head.state_dict().items()}
@@ -197,7 +197,7 @@ def test_checkpoint_holds_the_head_alone_and_says_which_backbone_it_needs():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_checkpoint_with_broken_weights_is_not_saved(monkeypatch, value):
+def test_non_finite_weights_are_not_saved(monkeypatch, value):
     module = make_module(monkeypatch)
     with torch.no_grad():
         module.network.head.decoder.mixer3[2].bias[1] = value
@@ -205,7 +205,7 @@ def test_checkpoint_with_broken_weights_is_not_saved(monkeypatch, value):
         saved(module)
 
 
-def test_checkpoint_comes_back(tmp_path):
+def test_loaded_checkpoint_gives_the_same_predictions(tmp_path):
     torch.save(saved(make_module(seed=1)), tmp_path / "a.ckpt")
     module, trained = make_module(seed=2), make_module(seed=1)
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
@@ -216,7 +216,7 @@ def test_checkpoint_comes_back(tmp_path):
         assert torch.equal(module.eval()(batch), trained.eval()(batch))
 
 
-def test_checkpoint_of_another_backbone_is_refused_by_both_names():
+def test_checkpoint_of_another_backbone_is_refused_with_both_names():
     module = make_module()
     checkpoint = saved(make_module())
     checkpoint["backbone"] |= {"backbone": "resnet50", "weights": "a1h", "sha256": "0123456789abcdef"}
@@ -224,7 +224,7 @@ def test_checkpoint_of_another_backbone_is_refused_by_both_names():
         module.on_load_checkpoint(checkpoint)
 
 
-def test_checkpoint_is_refused_after_the_weights_file_of_its_backbone_was_replaced(tmp_path):
+def test_checkpoint_is_refused_if_the_weights_file_of_its_backbone_has_changed(tmp_path):
     path = tmp_path / "mine.pth"
     state = SmallBackbone("none").trunk.state_dict()
     torch.save(state, path)
@@ -260,17 +260,17 @@ def test_file_of_another_program_is_refused(checkpoint):
         check_checkpoint(checkpoint, make_module().network)
 
 
-# Pre-training of a backbone
+# Pretraining a backbone
 
 
-def test_pretraining_ignores_pixels_marked_255_and_teaches_the_whole_backbone(monkeypatch):
+def test_pretraining_ignores_pixels_marked_255_and_trains_the_whole_backbone(monkeypatch):
     torch.manual_seed(0)
     module = BackbonePretraining(SmallBackbone("none"), 4, partial(SGD, lr=0.1), StepLR)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     images = make_batch().query
     classes = torch.randint(0, 4, (3, 32, 32)).to(torch.uint8)
     classes[:, :16] = 255
-    module.eval()  # batch statistics would let the images of ignored pixels matter
+    module.eval()  # with batch statistics, the image content at ignored pixels would matter
     loss = module.training_step((images, classes), 0)
     with torch.no_grad():
         parts = []
@@ -288,8 +288,7 @@ def test_pretraining_ignores_pixels_marked_255_and_teaches_the_whole_backbone(mo
 # Floors
 
 
-def test_floors_are_scored_on_the_same_episodes_by_one_pass_of_the_backbone():
-    """Each as if it were tested alone."""
+def test_floors_share_the_backbone_pass_and_score_as_if_tested_alone():
     backbone = SmallBackbone("none")
     floors = {"prototype": Prototype(backbone, "layer2"), "nearest": Nearest(backbone, "layer4")}
     module = FewShotModule(PMNet(backbone), CLASSES, LOSS, partial(SGD, lr=0.1), floors=floors).eval()
