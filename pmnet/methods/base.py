@@ -120,7 +120,7 @@ class Method(nn.Module):
     """A backbone and a head: segments queries, given a few supports with masks.
 
     Args:
-        backbone: gets frozen, except for the parts named in `learned_layers`.
+        backbone: gets frozen, except for the parts named in `learned_layers` or trained by another method.
         head: see `Head`.
 
     Attributes:
@@ -145,7 +145,9 @@ class Method(nn.Module):
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
-        self.backbone = backbone.freeze(but=self.learned_layers).to(memory_format=torch.channels_last)
+        if self.learned_layers or not backbone.learned:  # a backbone that another method trains stays as it is
+            backbone.freeze(but=self.learned_layers)
+        self.backbone = backbone.to(memory_format=torch.channels_last)
         self.head = head
 
     # Segmenting

@@ -51,7 +51,7 @@ class Prototype(Method):
 
     Args:
         backbone: any backbone.
-        layer: the stage whose last block is used, "layer1" to "layer4".
+        layer: the stage whose last block is used, "layer1" to "layer4"; None takes the deepest.
 
     Raises:
         SettingError: the backbone does not have this layer.
@@ -67,7 +67,8 @@ class Prototype(Method):
 
     side_multiple = 1
 
-    def __init__(self, backbone: Backbone, layer: str) -> None:
+    def __init__(self, backbone: Backbone, layer: str | None = None) -> None:
+        layer = layer or list(backbone.blocks)[-1]
         super().__init__(backbone, PrototypeHead(layer))
         self.query_reads = self.support_reads = backbone.checked({layer: "last"})
 

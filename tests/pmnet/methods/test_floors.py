@@ -115,3 +115,19 @@ def test_nothing_is_learned_and_unknown_layers_are_refused(kind):
     assert list(kind(SmallBackbone("none"), "layer1").learned()) == []
     with pytest.raises(SettingError, match="has no layer9; it has layer1, layer2"):
         kind(SmallBackbone("none"), "layer9")
+
+
+def test_floor_leaves_a_backbone_as_it_is_that_another_method_trains():
+    class Trained(Prototype):
+        learned_layers = ("layer3",)
+
+    backbone = SmallBackbone("none")
+    trained = Trained(backbone, "layer3")
+    Nearest(backbone)
+    learned = {f"backbone.trunk.layer3.{name}" for name, _ in backbone.trunk.layer3.named_parameters()}
+    assert {name for name, p in trained.named_parameters() if p.requires_grad} == learned
+    assert learned <= trained.saved()
+
+
+def test_floor_takes_the_deepest_layer_unless_told_otherwise():
+    assert Nearest(SmallBackbone("none")).query_reads == {"layer4": "last"}
