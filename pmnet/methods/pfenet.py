@@ -214,8 +214,8 @@ def masked_deep(support_feats: Features, support_masks: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prior_mask(query_BChw: Tensor, deep_BKChw: Tensor) -> Tensor:
-    """The largest cosine similarity of each query position with a position of each support's object, (B, K, h, w), scaled
-    to [0, 1] per query and shot."""
+    """The largest cosine similarity of each query position with a position of each support's object, (B, K, h, w),
+    scaled to [0, 1] per query and shot."""
     unit_BCQ = F.normalize(F.relu(query_BChw).flatten(2), dim=1)
     shots = []
     for deep_BChw in deep_BKChw.unbind(1):  # one at a time: each needs memory for all pairs of positions

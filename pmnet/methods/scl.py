@@ -109,7 +109,7 @@ class SCLHead(PyramidHead):
         return Seen(primary, auxiliary, deep, weight)
 
     def self_guided(self, support_feats: Features, support_masks: Tensor) -> Guided:
-        """Segments each support with its object's mean feature, and computes prototypes of the parts found and missed."""
+        """Segments each support with its object's mean feature; computes prototypes of the parts found and missed."""
         feature_NChw = self.down_supp(middle(flat(support_feats)))
         mask_Nhw = mask_at(support_masks, feature_NChw).flatten(0, 1)
         mean_NC = masked_mean(feature_NChw, mask_Nhw, EPS)
@@ -194,7 +194,7 @@ def mean_iou(pred: Tensor, truth: Tensor) -> Tensor:
 
 class SCL(PFENet):
     """Supports any number of shots at test, and trains with one. Image sides must be 8n + 1, which puts a feature
-    position on every eighth pixel. K shots take K forward passes of the head per query, and K * K once for the supports.
+    position on every eighth pixel. K shots take K forward passes of the head per query, and K * K once per support set.
 
     Args:
         backbone: a convolutional network; published: `DilatedResNetBackbone`.

@@ -79,8 +79,8 @@ class SSPHead(Head):
         query_mask: Tensor,
         criterion: Criterion,
     ) -> Tensor:
-        """The criterion of each matching, plus that of the query matched with prototypes from its own true mask, plus 0.2
-        times that of the supports matched with their own prototypes."""
+        """The criterion of each matching, plus that of the query matched with prototypes from its own true mask, plus
+        0.2 times that of the supports matched with their own prototypes."""
         query_BChw, size = only(query_feats), size_of(query_mask)
         outputs = self.answers(query_BChw, self.see(support_feats, support_masks))
         outputs.append(matched(query_BChw, prototypes(query_BChw, query_mask)))
