@@ -72,7 +72,7 @@ def aligned(
     """The criterion of the supports, segmented with prototypes from the query's predicted mask."""
     sides = (masked_mean(query_BChw, pred_Bhw == side, EPS) for side in (1, 0))
     each = Prototypes(*(side_BC.repeat_interleave(masks_BKHW.shape[1], dim=0) for side_BC in sides))
-    mask_NHW = masks_BKHW.flatten(0, 1)
+    mask_NHW = (masks_BKHW == 1).flatten(0, 1)
     return scored(criterion, enlarged(matched(support_BKChw.flatten(0, 1), each), size_of(mask_NHW)), mask_NHW)
 
 
