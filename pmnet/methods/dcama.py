@@ -15,12 +15,13 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from pmnet.backbones import Backbone, Features
 from pmnet.errors import CheckpointError, SettingError
@@ -86,7 +87,7 @@ class DCAMAHead(Head):
         for m, attention in self.attention.items():
             shots = attention.keys([f.flatten(0, 1) for f in support_feats[m]])
             keys[m] = [x.unflatten(0, (B, K)).flatten(1, 2) for x in shots]
-            values[m] = resize(support_masks.to(shots[0].dtype), size_of(support_feats[m][0])).flatten(1)
+            values[m] = resize(support_masks.to(support_feats[m][0].dtype), size_of(support_feats[m][0])).flatten(1)
         layer1, layer2 = (support_feats[m][-1].amax(dim=1) for m in ("layer1", "layer2"))
         _, _, of_layer2, _, of_layer1 = self.mixing
         low = F.conv2d(layer1, of_layer1, self.mixer1[0].bias, padding=1)  # type: ignore[arg-type]
@@ -149,13 +150,15 @@ class Attention(nn.Module):
             queries: L maps (B, C, h, w).
             keys: L tensors (B, S, C).
         """
-        value_NS1 = values_BS.repeat_interleave(HEADS, dim=0)[..., None]
+        value_NS = values_BS.repeat_interleave(HEADS, dim=0)
+        dropout = self.dropout.p if self.training else 0.0
         masks = []
         for query_BQC, key_BSC in zip(self.projected(queries, self.linears[0]), keys, strict=True):
             scaled_BQC = query_BQC / (query_BQC.shape[2] // HEADS) ** 0.5
-            mask_NQ1 = attended(by_head(scaled_BQC), by_head(key_BSC), value_NS1, self.dropout)
-            masks.append(mask_NQ1.unflatten(0, (-1, HEADS)).mean(dim=1))
-        return torch.cat(masks, dim=2).mT.unflatten(2, size_of(queries[0]))
+            seed = int(torch.randint(2**62, ())) if dropout else 0
+            mask_NQ = Attended.apply(by_head(scaled_BQC), by_head(key_BSC), value_NS, dropout, seed)
+            masks.append(mask_NQ.unflatten(0, (-1, HEADS)).mean(dim=1))
+        return torch.stack(masks, dim=1).unflatten(2, size_of(queries[0]))
 
     def projected(self, features: list[Tensor], linear: nn.Module) -> list[Tensor]:
         code_PC = position_code(features[0][0, 0].numel(), features[0].shape[1], features[0])
@@ -167,21 +170,65 @@ def by_head(x_BPC: Tensor) -> Tensor:
     return x_BPC.unflatten(2, (HEADS, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def attended(query_NQD: Tensor, key_NSD: Tensor, value_NS1: Tensor, dropout: nn.Module) -> Tensor:
-    """softmax(query key^T) value, (N, Q, 1), in portions: only a few scores are kept at a time, and none for the
-    gradient, which computes them again."""
+class Attended(Function):
+    """softmax(query key^T) value, (N, Q), for values that need no gradient.
 
-    def portion(query_NQD: Tensor, key_NSD: Tensor, value_NS1: Tensor) -> Tensor:
-        return dropout((query_NQD @ key_NSD.mT).softmax(dim=2)) @ value_NS1
+    It works in portions, so that few scores exist at a time; the gradient computes them again.
+    """
 
-    def run(*parts: Tensor) -> Tensor:
-        return checkpoint(portion, *parts, use_reentrant=False) if torch.is_grad_enabled() else portion(*parts)
+    @staticmethod
+    def forward(
+        ctx: Any, query_NQD: Tensor, key_NSD: Tensor, value_NS: Tensor, dropout: float, seed: int
+    ) -> Tensor:  # fmt: skip
+        out_NQ = torch.empty_like(query_NQD[..., 0], dtype=value_NS.dtype)
+        for i, (n, q) in enumerate(portions(query_NQD, key_NSD)):
+            attention_nqS = attention(query_NQD[n, q], key_NSD[n])
+            if dropout:
+                attention_nqS *= kept(attention_nqS, dropout, seed + i)
+            out_NQ[n, q] = (attention_nqS @ value_NS[n, :, None]).squeeze(2)
+        ctx.save_for_backward(query_NQD, key_NSD, value_NS, out_NQ)
+        ctx.dropout, ctx.seed = dropout, seed
+        return out_NQ
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NQ: Tensor) -> tuple[Tensor | None, ...]:
+        query_NQD, key_NSD, value_NS, out_NQ = ctx.saved_tensors
+        graded_NQD = grad_NQ[..., None] * query_NQD
+        of_query, of_key = torch.empty_like(query_NQD), torch.zeros_like(key_NSD)
+        for i, (n, q) in enumerate(portions(query_NQD, key_NSD)):
+            values = value_NS[n, None]
+            if ctx.dropout:
+                values = values * kept(values.expand(-1, graded_NQD[n, q].shape[1], -1), ctx.dropout, ctx.seed + i)
+            attention_nqS = attention(query_NQD[n, q], key_NSD[n])
+            of_scores = attention_nqS.mul_(values - out_NQ[n, q, None]).to(key_NSD.dtype)  # for a gradient of 1
+            of_query[n, q] = grad_NQ[n, q, None] * (of_scores @ key_NSD[n])
+            of_key[n] += of_scores.mT @ graded_NQD[n, q].to(key_NSD.dtype)
+        return of_query, of_key, None, None, None
+
+
+def portions(query_NQD: Tensor, key_NSD: Tensor) -> list[tuple[slice, slice]]:
+    """Heads, and rows of the query, that are worked on at a time."""
     at_once = SCORES_ON_CPU if query_NQD.device.type == "cpu" else SCORES_ELSEWHERE
+    N, Q = query_NQD.shape[:2]
     rows = max(1, at_once // key_NSD.shape[1])
-    heads = max(1, rows // query_NQD.shape[1])
-    whole = zip(*(x.split(heads) for x in (query_NQD, key_NSD, value_NS1)), strict=True)
-    return torch.cat([torch.cat([run(q, k, v) for q in queries.split(rows, dim=1)], dim=1) for queries, k, v in whole])
+    heads = max(1, rows // Q)
+    return [(slice(n, n + heads), slice(q, q + rows)) for n in range(0, N, heads) for q in range(0, Q, rows)]
+
+
+def attention(query_NQD: Tensor, key_NSD: Tensor) -> Tensor:
+    """(N, Q, S), in single precision or better."""
+    exact = torch.promote_types(query_NQD.dtype, torch.float32)
+    return (query_NQD @ key_NSD.mT).softmax(dim=2, dtype=exact)
+
+
+def kept(like: Tensor, dropout: float, seed: int) -> Tensor:
+    """What to multiply by: 0 or 1 / (1 - dropout), the same again for the same seed. A draw decides on four entries."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    draws.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    above = draws.view(torch.int16)[: like.numel()] >= round(dropout * 2**16) - 2**15
+    return above.view(like.shape).to(like.dtype) / (1 - dropout)
 
 
 def conv3_of_enlarged(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:

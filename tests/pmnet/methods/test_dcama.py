@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pmnet.backbones import ResNetBackbone, SmallBackbone
 from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods import dcama, from_release
-from pmnet.methods.dcama import DCAMA, DCAMAHead, attended, conv3_of_enlarged
+from pmnet.methods.dcama import DCAMA, Attended, DCAMAHead, conv3_of_enlarged, kept
 from tests.pmnet.methods.dense import DenseGolden, norm, part, random_feats
 from tests.pmnet.methods.ruled import assert_near
 
@@ -129,16 +129,29 @@ def test_network_is_the_plain_one(K, scores, monkeypatch):
     assert torch.equal(mask, expected.argmax(1).bool())
 
 
-def test_dropout_of_the_attention_is_the_same_when_it_is_computed_again(monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 0.9])
+def test_attention_in_portions_with_the_same_dropout_in_its_gradient(dropout, monkeypatch):
     monkeypatch.setattr(dcama, "SCORES_ON_CPU", 20)
-    query, key, value = (torch.randn(2, n, d, requires_grad=True) for n, d in ((5, 3), (4, 3), (4, 1)))
-    dropout = torch.nn.Dropout(0.5).train()
-    torch.manual_seed(0)
-    out = attended(query, key, value, dropout)
-    # linear in the values: its gradient is the attention with dropout, of the backward pass
-    attention = torch.stack([torch.autograd.grad(out[0, q, 0], value, retain_graph=True)[0][0, :, 0] for q in range(5)])
-    torch.testing.assert_close(attention @ value[0], out[0])
-    assert (attention == 0).any()
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, *n, generator=random, dtype=torch.float64) for n in ((7, 3), (5, 3), (5,)))
+    share = (query @ key.mT).softmax(dim=2)
+    if dropout:  # portions of four rows
+        parts = [(n, q) for n in range(2) for q in (slice(0, 4), slice(4, 7))]
+        for i, (n, q) in enumerate(parts):
+            share[n, q] *= kept(share[n : n + 1, q], dropout, 3 + i)[0]
+    torch.testing.assert_close(Attended.apply(query, key, value, dropout, 3), (share @ value[..., None])[..., 0])
+    inputs = query.requires_grad_(), key.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, k: Attended.apply(q, k, value, dropout, 3), inputs)
+
+
+def test_dropout_keeps_as_much_as_it_should():
+    ones = torch.ones(300, 301)
+    for dropout in (0.1, 0.5, 0.75):
+        values = kept(ones, dropout, 0)
+        assert values.unique().tolist() == pytest.approx([0, 1 / (1 - dropout)])
+        assert float(values.mean()) == pytest.approx(1, abs=0.03)
+        assert torch.equal(kept(ones, dropout, 0), values)
+        assert not torch.equal(kept(ones, dropout, 1), values)
 
 
 @torch.no_grad()
