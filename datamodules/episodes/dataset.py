@@ -34,6 +34,8 @@ class FewShotDataset(ABC):
         tested_after: datasets of the same domain for which a published protocol trains there and tests here.
         synonyms: class name -> common name, for classes that other datasets name differently.
         balanced: if True, training samples a class first and then its query; if False, it uses every image once.
+        leaves_out_rare: if True, classes with too few images for an episode are left out; if False, they are an error,
+            so that a benchmark whose download is incomplete is not scored on fewer classes.
         test_length: number of episodes in the published test.
 
     Example:
@@ -63,6 +65,7 @@ class FewShotDataset(ABC):
     tested_after: Sequence[str] = ()
     synonyms: Mapping[str, str] = {}
     balanced: bool = False
+    leaves_out_rare: bool = False
     test_length: int = 1000
 
     @abstractmethod
@@ -170,11 +173,10 @@ class FewShotDataset(ABC):
             source: the training dataset.
             fold: the fold of `source` that was trained on.
         """
-        counts = {c: len(self.images_of(c, "test")) for c in range(len(self.classes))}
-        few = [f"'{self.classes[c]}' has {n}" for c, n in counts.items() if n < 2]
+        few = self.few(range(len(self.classes)), "test", shot=1)
         if few:
-            log.warning("Dataset %s: skipping classes with fewer than 2 images: %s.", self.name, ", ".join(few))
-        return [c for c, n in counts.items() if n >= 2]
+            log.warning("Dataset %s: skipping classes with fewer than 2 images: %s.", self.name, self.counted(few))
+        return [c for c in range(len(self.classes)) if c not in few]
 
     def test_episodes(
         self, class_ids: Sequence[int], count: int, shot: int, repeats: bool | None = None
@@ -192,7 +194,7 @@ class FewShotDataset(ABC):
             `count` episode specs.
 
         Raises:
-            DatasetError: a class has too few images.
+            DatasetError: a class has too few images and may not be left out, or no class is left.
         """
         repeats = bool(repeats)
         images = self.images(class_ids, "test", 1 if repeats else shot)
@@ -223,28 +225,62 @@ class FewShotDataset(ABC):
         Args:
             class_ids: the classes.
             split: "train" or "test".
-            shot: number of support images, K.
+            shot: number of different support images, K.
 
         Returns:
-            Class id -> names of its images, at least K + 1.
+            Class id -> names of its images, at least K + 1. Classes with fewer are left out if `leaves_out_rare`.
 
         Raises:
-            DatasetError: `class_ids` is empty, or a class has fewer than K + 1 images.
+            DatasetError: no class is left, or a class has fewer than K + 1 images and may not be left out.
         """
         what = "to train on" if split == "train" else "to test on"
         if not class_ids:
             raise DatasetError(
-                f"Dataset {self.name}: this fold leaves no class {what} "
-                f"({len(self.classes)} classes in {len(self.folds)} folds). Set another fold, or use fewer folds."
+                f"Dataset {self.name}: this fold leaves no class {what} (classes: {len(self.classes)}, folds: "
+                f"{len(self.folds)}). {self.other_folds(split, shot)}"
             )
-        images = {c: self.images_of(c, split) for c in class_ids}
-        small = [f"'{self.classes[c]}' has {len(n)}" for c, n in images.items() if len(n) < shot + 1]
-        if small:
+        few = self.few(class_ids, split, shot)
+        if len(few) == len(class_ids) or (few and not self.leaves_out_rare):
+            fewer = " Use fewer shots." if shot > 1 else ""
             raise DatasetError(
                 f"Dataset {self.name}: a {shot}-shot episode {what} needs {shot + 1} images of its class, but "
-                f"{', '.join(small)}. {self.advice()}"
+                f"{self.counted(few)}.{fewer} {self.advice()}"
             )
-        return images
+        return {c: self.images_of(c, split) for c in class_ids if c not in few}
+
+    def few(self, class_ids: Sequence[int], split: Split, shot: int) -> dict[int, int]:
+        """The classes with too few images for episodes of `shot` supports.
+
+        Args:
+            class_ids: the classes.
+            split: "train" or "test".
+            shot: number of different support images, K.
+
+        Returns:
+            Class id -> number of its images, K or fewer.
+        """
+        counts = {c: len(self.images_of(c, split)) for c in class_ids}
+        return {c: n for c, n in counts.items() if n <= shot}
+
+    def counted(self, few: Mapping[int, int]) -> str:
+        """Class id -> number of images, in words for a message."""
+        return ", ".join(f"'{self.classes[c]}' has {n}" for c, n in few.items())
+
+    def other_folds(self, split: Split, shot: int) -> str:
+        """What the user can do about a fold without classes; the end of an error message."""
+
+        def works(fold: int) -> bool:
+            sides = (self.base_classes(fold), "train"), (self.novel_classes(fold), "test")
+            return all(len(self.few(ids, side, shot)) < len(ids) for ids, side in sides)  # type: ignore[arg-type]
+
+        good = [str(fold) for fold in range(len(self.folds)) if works(fold)]
+        ways = [f"fold.index={'|'.join(good)}"] if good else []
+        if not good and len(self.classes) > 1:
+            ways += [f"dataset.folds={len(self.classes)} (one class per fold)"]
+        ways += ["fold=all (tests on the classes that it trains on)"]
+        if split == "train":
+            ways += ["mode=test with model=nearest or model=prototype (they need no training)"]
+        return f"Set {', or '.join(ways)}; or add classes."
 
     def fingerprint(self) -> str:
         """A string that changes whenever the images or masks change."""
@@ -252,7 +288,7 @@ class FewShotDataset(ABC):
 
     def advice(self) -> str:
         """What the user can do about a class with too few images; the end of an error message."""
-        return "Use fewer shots."
+        return "Add images, or use other classes."
 
 
 class Episodes(Dataset[Episode]):
@@ -261,7 +297,7 @@ class Episodes(Dataset[Episode]):
     Args:
         dataset: the dataset that reads the files.
         specs: a list of episodes, or `TrainingEpisodes`.
-        size: (H, W) of the tensors; multiples of 32.
+        size: (H, W) of the tensors.
         ignored: ids of classes whose pixels become 255 in the query masks.
         cache: image name -> resized image and index mask, used instead of the files.
 

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 from torch.utils.data import DataLoader
 
 from datamodules.episodes.cache import ImageCache
-from datamodules.episodes.dataset import Episodes, FewShotDataset, Fold
+from datamodules.episodes.dataset import Episodes, FewShotDataset, Fold, Split
 from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
 from datamodules.episodes.loader import EpisodeLoader, TrainingLoader, ignore_sigterm
 from datamodules.episodes.sampler import EpochSampler, TrainingEpisodes, json_hash, list_hash
@@ -18,6 +19,39 @@ from datamodules.errors import DatasetError
 from datamodules.registry import all_datasets
 
 log = logging.getLogger(__name__)
+
+
+class Choice(NamedTuple):
+    """The classes that a setting chooses for one part of a run, before any is left out.
+
+    Attributes:
+        dataset: the dataset of the classes.
+        class_ids: ids of the classes.
+        split: the images that the episodes are sampled from.
+        supports: number of different support images in an episode.
+    """
+
+    dataset: FewShotDataset
+    class_ids: list[int]
+    split: Split
+    supports: int
+
+    @property
+    def few(self) -> dict[int, int]:
+        """The classes that are left out: class id -> number of its images."""
+        rare = self.dataset.leaves_out_rare
+        return self.dataset.few(self.class_ids, self.split, self.supports) if rare else {}
+
+    @property
+    def kept(self) -> list[int]:
+        """Ids of the classes that remain."""
+        few = self.few
+        return [c for c in self.class_ids if c not in few]
+
+    @property
+    def rows(self) -> list[dict[str, object]]:
+        """The classes that are left out, as plain values."""
+        return [{"class": self.dataset.classes[c], "images": n} for c, n in self.few.items()]
 
 
 class FewShotDataModule(L.LightningDataModule):
@@ -32,7 +66,7 @@ class FewShotDataModule(L.LightningDataModule):
         shot: K of test episodes.
         train_shot: K of training and validation episodes (1 by the field's convention). It is independent of `shot`,
             so that one training can be tested with any K.
-        image_size: side in pixels, or (H, W); multiples of 32.
+        image_size: side in pixels, or (H, W). Which sides it takes is the method's own affair.
         batch_size: episodes per training batch, over all processes together.
         test_batch_size: episodes per validation or test batch, on each process.
         per_epoch: training episodes per epoch, rounded up to whole batches. None: one per (image, class) pair, or one
@@ -88,9 +122,9 @@ class FewShotDataModule(L.LightningDataModule):
         validation: FewShotDataset | None = None,
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height % 32 or width % 32:
-            raise DatasetError(f"episodes.image_size must be multiples of 32, not {(height, width)}.")
+        sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise DatasetError(f"episodes.image_size must be one or two positive whole numbers, not {image_size}.")
         if novel_pixels not in ("background", "ignore"):
             raise DatasetError(f"episodes.novel_pixels must be one of background, ignore, not {novel_pixels}.")
         counts = {"shot.k": shot, "train_shot": train_shot, "episodes.batch_size": batch_size}
@@ -103,7 +137,7 @@ class FewShotDataModule(L.LightningDataModule):
         self.dataset, self.fold, self.shot, self.train_shot = dataset, fold, shot, train_shot
         self.target, self.validation = target or dataset, validation or dataset
         self.same = same_benchmark(dataset, self.target)
-        self.image_size = (height, width)
+        self.image_size = (sides[0], sides[1])
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
         self.per_epoch, self.val, self.test, self.repeats = per_epoch, val, test, repeats
         self.novel_pixels, self.workers, self.seed = novel_pixels, workers, seed
@@ -112,41 +146,78 @@ class FewShotDataModule(L.LightningDataModule):
     # Classes and episodes
 
     @cached_property
+    def train_choice(self) -> Choice:
+        """The training classes before any is left out."""
+        return Choice(self.dataset, self.dataset.base_classes(self.fold), "train", self.train_shot)
+
+    @cached_property
+    def val_choice(self) -> Choice:
+        """The validation classes before any is left out."""
+        fold = self.fold if same_benchmark(self.dataset, self.validation) else "all"
+        class_ids = self.validation.validation_classes(fold)
+        return Choice(self.validation, class_ids, "test", 1 if self.repeats else self.train_shot)
+
+    @cached_property
+    def test_choice(self) -> Choice:
+        """The test classes before any is left out."""
+        if self.same:
+            class_ids = self.target.novel_classes(self.fold)
+        else:
+            class_ids = self.target.target_classes(self.dataset, self.fold)
+        return Choice(self.target, class_ids, "test", 1 if self.repeats else self.shot)
+
+    @cached_property
     def base_class_ids(self) -> list[int]:
         """Ids of the training classes, in `dataset`."""
-        return self.dataset.base_classes(self.fold)
+        return self.train_choice.kept
 
     @cached_property
     def test_class_ids(self) -> list[int]:
         """Ids of the test classes, in `target`."""
-        if self.same:
-            return self.target.novel_classes(self.fold)
-        return self.target.target_classes(self.dataset, self.fold)
+        return self.test_choice.kept
 
     @cached_property
     def val_class_ids(self) -> list[int]:
         """Ids of the validation classes, in `validation`."""
-        fold = self.fold if same_benchmark(self.dataset, self.validation) else "all"
-        return self.validation.validation_classes(fold)
+        return self.val_choice.kept
+
+    @cached_property
+    def classes_left_out(self) -> dict[str, list[dict[str, object]]]:
+        """Classes with too few images for an episode, which are left out: part -> rows {"class", "images"}.
+
+        Logs one warning if there are any.
+        """
+        choices = {"training": self.train_choice, "validation": self.val_choice, "test": self.test_choice}
+        left_out: dict[str, list[str]] = {}  # reason -> parts
+        for part, choice in choices.items():
+            if choice.few:
+                text = choice.dataset.counted(choice.few)
+                reason = f"an episode needs {choice.supports + 1} images of its class, but {text}"
+                left_out.setdefault(reason, []).append(part)
+        if left_out:
+            reasons = "; of ".join(f"{' and '.join(parts)}: {reason}" for reason, parts in left_out.items())
+            advice = dict.fromkeys(choice.dataset.advice() for choice in choices.values() if choice.few)
+            log.warning("Classes left out of %s. %s", reasons, " ".join(advice))
+        return {part: choice.rows for part, choice in zip(("train", "val", "test"), choices.values(), strict=True)}
 
     @cached_property
     def train_specs(self) -> TrainingEpisodes:
         """The training episodes of all epochs."""
-        images = self.dataset.images(self.base_class_ids, "train", self.train_shot)
+        images = self.dataset.images(self.train_choice.class_ids, "train", self.train_shot)
         return TrainingEpisodes(images, self.train_shot, self.seed, self.dataset.balanced)
 
     @cached_property
     def test_specs(self) -> list[EpisodeSpec]:
         """The list of test episodes."""
         count = self.test or self.target.test_length
-        specs = self.target.test_episodes(self.test_class_ids, count, self.shot, self.repeats)
+        specs = self.target.test_episodes(self.test_choice.class_ids, count, self.shot, self.repeats)
         return self.warn_of_missing_classes(specs, self.target, self.test_class_ids, "test")
 
     @cached_property
     def val_specs(self) -> list[EpisodeSpec]:
         """The list of validation episodes: the head of the test list if classes and shots are the same."""
         count = self.val or self.validation.test_length
-        specs = self.validation.test_episodes(self.val_class_ids, count, self.train_shot, self.repeats)
+        specs = self.validation.test_episodes(self.val_choice.class_ids, count, self.train_shot, self.repeats)
         return self.warn_of_missing_classes(specs, self.validation, self.val_class_ids, "val")
 
     def warn_of_missing_classes(
@@ -201,6 +272,7 @@ class FewShotDataModule(L.LightningDataModule):
             "base_classes": self.base_classes,
             "test_episodes": len(self.test_specs),
             "episode_list_sha256": list_hash(self.test_specs),
+            **self.record_left_out("train", "val", "test"),
         }
 
     @property
@@ -222,7 +294,13 @@ class FewShotDataModule(L.LightningDataModule):
                 "episodes": len(self.val_specs),
                 "episode_list_sha256": list_hash(self.val_specs),
             },
+            **self.record_left_out("train", "val"),
         }
+
+    def record_left_out(self, *parts: str) -> dict[str, object]:
+        """The entry `classes_left_out` of a record; no entry if every class of these parts has enough images."""
+        left_out = {part: self.classes_left_out[part] for part in parts}
+        return {"classes_left_out": left_out} if any(left_out.values()) else {}
 
     @property
     def train_lists(self) -> dict[str, list[str]]:
@@ -235,12 +313,13 @@ class FewShotDataModule(L.LightningDataModule):
         """Samples the episode lists and checks that their files exist, so that problems show before training.
 
         Raises:
-            DatasetError: a file is missing, or a class has too few images.
+            DatasetError: a file is missing, or a class has too few images and may not be left out.
         """
         self.target.check(names_of(self.test_specs))
         if stage == "fit":
             self.dataset.check(names for c in self.train_specs.images.values() for names in c)
             self.validation.check(names_of(self.val_specs))
+        _ = self.classes_left_out  # logs a warning
 
     def test_dataset(self) -> Episodes:
         """The test episodes as a map-style dataset of single episodes."""

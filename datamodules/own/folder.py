@@ -3,10 +3,12 @@
 Index masks, as in CamVid and Cityscapes and as written by most labelling tools:
 
     root/classes.txt          one class name per line; line k names the mask value k
-    root/images/NAME.jpg      or .png, .bmp, .tif, .webp
+    root/images/NAME.jpg      or .png, .bmp, .gif, .tif, .webp
     root/masks/NAME.png       one channel: 0 = none of the classes, k = class of line k, 255 = ignore
 
-One folder per class, as in FSS-1000:
+With one class, `classes.txt` may be absent, and the masks may be black and white (0 and 255).
+
+One folder per class, as in FSS-1000; other names of the files are in `layouts.py`:
 
     root/CLASS/NAME.jpg
     root/CLASS/NAME.png       black and white: values of 128 or more are the class (0/1 masks also work)
@@ -14,23 +16,19 @@ One folder per class, as in FSS-1000:
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
-from datamodules.episodes.dataset import FewShotDataset, Split
+from datamodules.episodes.dataset import FewShotDataset, Fold, Split
 from datamodules.episodes.episode import IGNORE
 from datamodules.episodes.sampler import json_hash
 from datamodules.errors import DatasetError
-from datamodules.progress import track
-from pmnet.segment.images import decode, load_image
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+from datamodules.own.layouts import has_index_masks, pairs_by_class, pairs_of_index_masks
+from datamodules.own.scan import Pixels, foreground, index_values, scan
+from pmnet.segment.images import load_image
 
 
 class FolderDataset(FewShotDataset):
@@ -52,6 +50,7 @@ class FolderDataset(FewShotDataset):
 
     Example:
         >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
         >>> with TemporaryDirectory() as root:
         ...     for name in ("cat", "dog"):
         ...         (Path(root) / name).mkdir()
@@ -65,6 +64,7 @@ class FolderDataset(FewShotDataset):
     """
 
     name = "folder"
+    leaves_out_rare = True
 
     def __init__(
         self, root: str | None, folds: int | Sequence[Sequence[str]], min_area: float, test_fraction: float = 0.0
@@ -78,82 +78,88 @@ class FolderDataset(FewShotDataset):
         if not self.root.is_dir():
             raise DatasetError(f"There is no folder {self.root.absolute()}. Check dataset.root.")
         self.min_area = min_area
-        self.indexed = (self.root / "images").is_dir() and (self.root / "masks").is_dir()
-        self.files = dict(self.find_indexed() if self.indexed else self.find_by_class())
-        self.classes = self.read_class_names() if self.indexed else sorted({n.split("/")[0] for n in self.files})
+        self.indexed = has_index_masks(self.root)
+        self.files = pairs_of_index_masks(self.root) if self.indexed else pairs_by_class(self.root)
+        title = Path(os.path.abspath(self.root)).name
+        pixels = scan(self.files, index_values if self.indexed else foreground, title)
+        values = {value for counts in pixels.values() for value in counts}
+        self.black_and_white = self.indexed and values - {0} == {IGNORE}
+        if self.indexed:
+            self.classes = self.read_classes(values, title)
+        else:
+            self.classes = sorted({name.split("/")[0] for name in self.files})
         self.folds = cut_folds(self.classes, folds)
-        self.splits = f"images of {self.root.name}/ where the class covers at least {min_area:.2%} of the pixels; " + (
+        self.splits = f"images of {title}/ where the class covers at least {min_area:.2%} of the pixels; " + (
             f"last {test_fraction:.0%} by name for testing" if test_fraction else "all for training and testing"
         )
-        self.names: dict[Split, list[list[str]]] = self.scan(test_fraction)
+        self.names = self.split_images(pixels, test_fraction)
 
-    def find_indexed(self) -> Iterator[tuple[str, tuple[Path, Path]]]:
-        """Pairs of image and mask in the layout with index masks."""
-        images, masks = (by_stem(self.root / part, IMAGE_SUFFIXES) for part in ("images", "masks"))
-        if not images:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise DatasetError(f"{self.root / 'images'} contains no images. Add files with the suffixes {suffixes}.")
-        for files, other, partners in ((images, "masks", masks), (masks, "images", images)):
-            unpaired = sorted(files.keys() - partners.keys())
-            if unpaired:
-                kind = "mask" if other == "masks" else "image"
-                raise DatasetError(
-                    f"{files[unpaired[0]]} has no {kind} {self.root / other}/{unpaired[0]}.* "
-                    f"({len(unpaired)} unpaired files). Add the {kind}, or remove the file."
-                )
-        for stem in sorted(images):
-            yield stem, (images[stem], masks[stem])
+    def read_classes(self, values: set[int], title: str) -> list[str]:
+        """The class names of index masks: those in `classes.txt`, or without it the folder's name for a single class.
 
-    def find_by_class(self) -> Iterator[tuple[str, tuple[Path, Path]]]:
-        """Pairs of image and mask in the layout with one folder per class."""
-        found = False
-        for folder in sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            images, masks = by_stem(folder, IMAGE_SUFFIXES - {".png"}), by_stem(folder, {".png"})
-            if images.keys() != masks.keys():
-                stem = sorted(images.keys() ^ masks.keys())[0]
-                file, missing = (images[stem], "mask .png") if stem in images else (masks[stem], "image .jpg")
-                raise DatasetError(f"{file} has no {missing} beside it. Add it, or remove the file.")
-            for stem in sorted(images):
-                found = True
-                yield f"{folder.name}/{stem}", (images[stem], masks[stem])
-        if not found:
-            raise DatasetError(
-                f"{self.root.absolute()} matches neither supported layout: images/, masks/ and classes.txt, or one "
-                "folder per class with pairs NAME.jpg and NAME.png. Arrange the files in one of them (see README.md), "
-                "or check dataset.root."
-            )
+        Args:
+            values: all values in the masks.
+            title: the folder's name.
 
-    def read_class_names(self) -> list[str]:
-        """The names in `classes.txt`. Raises DatasetError if the file is missing or invalid."""
+        Raises:
+            DatasetError: the file is invalid, or the masks need it, or they cannot tell its classes apart.
+        """
         path = self.root / "classes.txt"
-        if not path.is_file():
-            raise DatasetError(f"There is no {path}. Create it: one class name per line; line k names mask value k.")
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DatasetError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
-        names = [line.strip() for line in text.rstrip().splitlines()]
-        if not 0 < len(names) < IGNORE or len(set(names)) < len(names) or "" in names:
+        names = class_names(path) if path.is_file() else [title]
+        if not path.is_file() and not self.black_and_white and values - {0, 1, IGNORE}:
             raise DatasetError(
-                f"{path} must contain 1 to {IGNORE - 1} different class names, one per line, without empty lines "
-                "(line k names mask value k)."
+                f"There is no {path}. Create it: one class name per line; line k names mask value k (the masks have "
+                f"values up to {max(values - {IGNORE})})."
+            )
+        if self.black_and_white and len(names) > 1:
+            raise DatasetError(
+                f"Every mask in {self.root / 'masks'} has only the values 0 and 255, so it does not say which of the "
+                f"{len(names)} classes in classes.txt is where. Save value k for the class of line k (255 = ignore); "
+                "for one class, keep only its line; or use one folder per class (CLASS/NAME.jpg, CLASS/NAME.png)."
             )
         return names
 
-    def scan(self, test_fraction: float) -> dict[Split, list[list[str]]]:
-        """Reads and checks every file; returns the names of the images that show each class, for each split."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = pool.map(self.classes_in, self.files)
-            shown = list(track(found, f"Reading {self.root.name}", len(self.files)))
+    def split_images(self, pixels: Mapping[str, Pixels], test_fraction: float) -> dict[Split, list[list[str]]]:
+        """The names of the images that show each class, for each split.
+
+        Args:
+            pixels: image -> number of pixels of each value in its mask.
+            test_fraction: as in the class's arguments.
+
+        Raises:
+            DatasetError: a mask has a value that stands for no class.
+        """
         held_out = set(self.last_names(test_fraction))
         names: dict[Split, list[list[str]]] = {s: [[] for _ in self.classes] for s in ("train", "test")}
-        for name, class_ids in zip(self.files, shown, strict=True):
-            for class_id in class_ids:
-                if name in held_out or not held_out:
+        for name, counts in pixels.items():
+            least = max(1, self.min_area * sum(counts.values()))
+            for class_id, count in self.areas(name, counts).items():
+                if count >= least and (name in held_out or not held_out):
                     names["test"][class_id].append(name)
-                if name not in held_out:
+                if count >= least and name not in held_out:
                     names["train"][class_id].append(name)
         return names
+
+    def areas(self, name: str, counts: Pixels) -> Pixels:
+        """Class id -> number of its pixels. Raises DatasetError if a value of the mask stands for no class."""
+        if not self.indexed:
+            return {self.class_of(name): counts.get(1, 0)}
+        if self.black_and_white:
+            return {0: counts.get(IGNORE, 0)}
+        unknown = [value for value in counts if len(self.classes) < value < IGNORE]
+        if unknown:
+            path = self.files[name].mask
+            lossy = " JPEG changes values: save masks as PNG." if path.suffix.lower() in (".jpg", ".jpeg") else ""
+            raise DatasetError(
+                f"{path} has the value {unknown[0]}, but classes.txt names only {len(self.classes)} classes (values 1 "
+                f"to {len(self.classes)}; 0 = none, 255 = ignore).{lossy} Correct the mask, or add the class to "
+                "classes.txt."
+            )
+        return {value - 1: count for value, count in counts.items() if 0 < value < IGNORE}
+
+    def class_of(self, name: str) -> int:
+        """Id of the class whose folder contains an image."""
+        return self.classes.index(name.split("/")[0])
 
     def last_names(self, fraction: float) -> Iterator[str]:
         """The last images by name: of each class folder, or of the whole `images/` folder."""
@@ -163,49 +169,22 @@ class FolderDataset(FewShotDataset):
         for group in groups.values():
             yield from group[len(group) - math.ceil(fraction * len(group)) :]
 
-    def classes_in(self, name: str) -> list[int]:
-        """Ids of the classes that cover enough of an image. Raises an error if the image or mask is invalid."""
-        image, mask = load_image(self.files[name][0]), self.read_index(name)
-        if image.shape[1:] != mask.shape:
-            (h, w), (mh, mw) = image.shape[1:], mask.shape
-            raise DatasetError(
-                f"{self.files[name][1]} is {mw}x{mh} pixels, but its image {self.files[name][0].name} is {w}x{h}. "
-                "Save both with the same size."
-            )
-        counts = torch.bincount(mask.flatten().int(), minlength=256)
-        unknown = [v for v in counts.nonzero().flatten().tolist() if len(self.classes) < v < IGNORE]
-        if unknown:
-            raise DatasetError(
-                f"{self.files[name][1]} has the value {unknown[0]}, but classes.txt names only "
-                f"{len(self.classes)} classes (values 1 to {len(self.classes)}; 0 = none, 255 = ignore). "
-                "Correct the mask, or add the class to classes.txt."
-            )
-        return [c for c in range(len(self.classes)) if counts[c + 1] >= max(1, self.min_area * mask.numel())]
+    def target_classes(self, source: FewShotDataset, fold: Fold) -> list[int]:
+        """All classes; those with too few images for an episode are left out later, as their number depends on K."""
+        return self.novel_classes("all")
 
     def images_of(self, class_id: int, split: Split) -> Sequence[str]:
         return self.names[split][class_id]
 
     def read_image(self, name: str) -> Tensor:
-        return load_image(self.files[name][0])
+        return load_image(self.files[name].image)
 
     def read_index(self, name: str) -> Tensor:
-        path = self.files[name][1]
-        mask = decode(path)
-        if self.indexed:
-            return self.index_values(mask, path)
-        values = np.asarray(mask.convert("L"))
-        foreground = values >= (128 if values.max() > 1 else 1)
-        return torch.from_numpy(foreground * np.uint8(self.classes.index(name.split("/")[0]) + 1))
-
-    def index_values(self, mask: Image.Image, path: Path) -> Tensor:
-        """(H, W) uint8 values of an index mask. Raises DatasetError if it is not one."""
-        values = np.array(mask)
-        if values.ndim != 2 or mask.mode in ("1", "F") or values.max(initial=0) > 255:
-            raise DatasetError(
-                f"{path} is not an index mask (mode {mask.mode}). Save it with one channel of 8 bits: "
-                "0 = none, k = class of line k in classes.txt, 255 = ignore."
-            )
-        return torch.from_numpy(values.astype(np.uint8))
+        path = self.files[name].mask
+        if not self.indexed:
+            return foreground(path) * (self.class_of(name) + 1)
+        values = index_values(path)
+        return (values == IGNORE).to(values.dtype) if self.black_and_white else values
 
     def fingerprint(self) -> str:
         stats = [path.stat() for pair in self.files.values() for path in pair]
@@ -213,19 +192,24 @@ class FolderDataset(FewShotDataset):
 
     def advice(self) -> str:
         return (
-            f"Images in which the class covers less than {self.min_area:.2%} are not used. Lower dataset.min_area, use "
-            "fewer shots, or add images."
+            f"Images in which the class covers less than {self.min_area:.2%} are not used. Lower dataset.min_area, or "
+            "add images."
         )
 
 
-def by_stem(folder: Path, suffixes: set[str]) -> dict[str, Path]:
-    """Stem -> file, sorted, of the files with these suffixes. Raises DatasetError if two files share a stem."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
-    stems = {p.stem: p for p in files}
-    if len(stems) < len(files):
-        twin = next(p for p in files if stems[p.stem] != p)
-        raise DatasetError(f"{twin} and {stems[twin.stem].name} have the same name. Keep one of them.")
-    return stems
+def class_names(path: Path) -> list[str]:
+    """The names in `classes.txt`. Raises DatasetError if the file is invalid."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    if not 0 < len(names) < IGNORE or len(set(names)) < len(names) or "" in names:
+        raise DatasetError(
+            f"{path} must contain 1 to {IGNORE - 1} different class names, one per line, without empty lines "
+            "(line k names mask value k)."
+        )
+    return names
 
 
 def cut_folds(classes: Sequence[str], folds: int | Sequence[Sequence[str]]) -> list[list[int]]:

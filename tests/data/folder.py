@@ -53,6 +53,8 @@ def write_by_class(
     size: tuple[int, int] = (48, 64),
     foreground: int = 255,
     seed: int = 0,
+    image: str = "{}.jpg",
+    mask: str = "{}.png",
 ) -> Path:
     """Writes CLASS/1.jpg, CLASS/1.png, ... as FSS-1000 has them; returns root.
 
@@ -60,17 +62,19 @@ def write_by_class(
         classes: their number, or their names.
         size: (height, width) of every image.
         foreground: the masks' value where the class is; 0 elsewhere.
+        image: file of an image in the class folder, with {} for its number.
+        mask: file of a mask in the class folder, with {} for its number.
     """
     random = np.random.default_rng(seed)
     height, width = size
     for value, name in enumerate(class_names(classes), start=1):
-        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / mask).parent.mkdir(parents=True, exist_ok=True)
         for i in range(1, images_per_class + 1):
-            mask = np.zeros(size, np.uint8)
+            values = np.zeros(size, np.uint8)
             top, left = random.integers(0, height // 2), random.integers(0, width // 2)
-            mask[top : top + height // 2, left : left + width // 2] = value
-            Image.fromarray(paint(mask, random)).save(root / name / f"{i}.jpg")
-            Image.fromarray(np.where(mask, foreground, 0).astype(np.uint8)).save(root / name / f"{i}.png")
+            values[top : top + height // 2, left : left + width // 2] = value
+            Image.fromarray(paint(values, random)).save(root / name / image.format(i))
+            Image.fromarray(np.where(values, foreground, 0).astype(np.uint8)).save(root / name / mask.format(i))
     return root
 
 
