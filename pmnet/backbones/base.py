@@ -52,6 +52,7 @@ class Backbone(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.frozen = False
+        self.by_batch = False  # whether features depend on the batch, so that they cannot be cached
         self.learned: tuple[str, ...] = ()  # parts of the trunk that are trained although the rest is frozen
         self.known: tuple[list[tuple[int, int]], str] | None = None  # versions of the weights, and their hash
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -101,7 +102,7 @@ class Backbone(nn.Module, ABC):
         reads = self.checked(dict.fromkeys(self.blocks, "all") if reads is None else reads)
         compute = functools.partial(self.computed, reads=reads)
         differentiated = images.requires_grad and torch.is_grad_enabled()
-        if self.cache is None or not self.frozen or differentiated or not len(images):
+        if self.cache is None or not self.frozen or self.by_batch or differentiated or not len(images):
             return compute(images)
         return self.cache(images, f"{self.identity()} {sorted(reads.items())}", compute)
 
@@ -175,6 +176,7 @@ class Backbone(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(mode)
+        self.by_batch = mode
 
 
 def stages(backbone: Backbone, images: Tensor, reads: Reads) -> Features:

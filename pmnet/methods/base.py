@@ -226,8 +226,10 @@ class Method(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def saved(self) -> set[str]:
-        """Names of the tensors to save in a checkpoint: all except those of the frozen backbone."""
+        """Names of the tensors to save in a checkpoint: all except those of the backbone that training leaves alone."""
         frozen = {f"backbone.{name}" for name in self.backbone.frozen_names()}
+        if self.batchnorm == "train":
+            frozen -= {name for name, _ in self.named_buffers() if name.startswith("backbone.trunk.")}
         return set(self.state_dict()) - frozen
 
     def train(self, mode: bool = True) -> Self:

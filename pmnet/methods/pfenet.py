@@ -268,12 +268,6 @@ class PFENet(Method):
         support_feats = self.backbone_pass(support.flatten(0, 1), self.support_reads)
         return self.chosen(query_feats, support_feats, support, support_masks)
 
-    def backbone_pass(self, images: Tensor, reads: Reads) -> Features:
-        if self.batchnorm == "train" and self.training:  # features depend on the batch: no cache
-            with torch.no_grad():
-                return self.backbone.computed(images, self.backbone.checked(reads))
-        return super().backbone_pass(images, reads)
-
     def of_supports(self, support_feats: Features, support: Tensor, support_masks: Tensor) -> Features:
         """Adds "layer4_masked", the output of layer4 for masked layer3 features."""
         layer3 = self.backbone.activated(support_feats["layer3"][-1])
@@ -282,11 +276,6 @@ class PFENet(Method):
             blocks, _ = self.backbone.stage("layer4", layer3 * mask_N1hw)
         deep = blocks[-1].unflatten(0, support.shape[:2])
         return super().of_supports(support_feats, support, support_masks) | {"layer4_masked": [deep]}
-
-    def saved(self) -> set[str]:
-        """Includes the statistics of the backbone's BatchNorm layers if training changes them."""
-        moving = {name for name, _ in self.named_buffers() if name.startswith("backbone.trunk.")}
-        return super().saved() | (moving if self.batchnorm == "train" else set())
 
 
 def from_release(state_dict: Mapping[str, Tensor], bins: Sequence[float] = BINS) -> PFENetHead:
