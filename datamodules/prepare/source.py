@@ -1,4 +1,8 @@
-"""Downloaded archives and folders: safe unpacking, and search by folder name."""
+"""Downloaded archives and folders: safe unpacking, and search by folder name.
+
+Links inside a given folder are followed, as people's data often lies behind links. Links inside an archive are not
+unpacked.
+"""
 
 import hashlib
 import os
@@ -75,14 +79,16 @@ class Source:
             suffix: a folder must contain a file whose name ends with this.
 
         Returns:
-            The folders, outermost first.
+            The folders, outermost first; only one of several paths to the same folder.
         """
-        names = PurePosixPath(place).parts
+        names, seen = PurePosixPath(place).parts, set[Path]()
         for root in self.roots:
-            walk = ((Path(at), files) for at, _, files in os.walk(root))
-            found = [at for at, files in walk if at.parts[-len(names) :] == names and any_ends(files, suffix)]
+            found = [at for at, files in walk(root) if at.parts[-len(names) :] == names and any_ends(files, suffix)]
             found = [at for at in found if not is_junk(str(at.relative_to(root)))]
-            yield from sorted(found, key=lambda path: (len(path.parts), path))
+            for at in sorted(found, key=lambda path: (len(path.parts), path)):
+                if at.resolve() not in seen:
+                    seen.add(at.resolve())
+                    yield at
 
     def need(self, place: str, suffix: str, of: str) -> Path:
         """The first folder that `folders` finds.
@@ -104,8 +110,22 @@ class Source:
     def files(self, suffix: str) -> Iterator[Path]:
         """All files whose name ends with `suffix`."""
         for root in self.roots:
-            for at, _, files in os.walk(root):
-                yield from (Path(at) / file for file in files if file.endswith(suffix) and not is_junk(f"{at}/{file}"))
+            for at, files in walk(root):
+                yield from (at / file for file in files if file.endswith(suffix) and not is_junk(f"{at}/{file}"))
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """All folders under `root`, each with the names of its files. Follows links, except to a folder that contains them.
+
+    Unpacked archives are walked in the same way: they contain no links.
+    """
+    above: dict[str, tuple[Path, ...]] = {str(root): (root.resolve(),)}  # folder -> the real folders on the way to it
+    for at, folders, files in os.walk(root, followlinks=True):
+        way = above.pop(at)
+        real = {name: Path(at, name).resolve() for name in folders}
+        folders[:] = [name for name in folders if not any(up.is_relative_to(real[name]) for up in way)]
+        above |= {os.path.join(at, name): (*way, real[name]) for name in folders}
+        yield Path(at), files
 
 
 def any_ends(files: Sequence[str], suffix: str) -> bool:
@@ -182,7 +202,9 @@ def place(file: Path, to: Path) -> None:
     part.unlink(missing_ok=True)
     try:
         os.link(file.resolve(), part)
-    except OSError:
+    except OSError as error:
+        if not file.exists():
+            raise DatasetError(f"{file} is a link to a file that does not exist. Restore the file.") from error
         shutil.copyfile(file, part)
     os.replace(part, to)
     part.unlink(missing_ok=True)  # replacing a link by another link to the same file does nothing
