@@ -25,6 +25,9 @@ bench: install  ## speed beside the bare backbone and a plain implementation; im
 	$(BIN)/python -m experiments.bench
 	$(BIN)/python -m experiments.startup
 
+faults: install  ## breaks real runs at random moments (TRIES=300) and writes docs/reliability.md; about 20 seconds a try
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --tries $(or $(TRIES),300)
+
 docs: install  ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "To read it: $(BIN)/python -m http.server -d site, then http://localhost:8000"
@@ -34,4 +37,4 @@ check: install  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: install run test quick bench docs check
+.PHONY: install run test quick bench faults docs check

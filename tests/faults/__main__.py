@@ -1,0 +1,122 @@
+"""Breaks real runs at random moments and writes what came of it to docs/reliability.md.
+
+python -m tests.faults --tries 300 --seed 1
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tests.conftest import ROOT
+from tests.faults.check import Outcome, attempt
+from tests.faults.faults import FAULTS, Fault
+from tests.faults.runs import Lab
+
+PAGE = """# Reliability
+
+`make faults` breaks real runs: it injects one fault at a random moment of a random phase, then repeats the command
+without the fault. After each fault, one of two things has to hold: the run ends well with the numbers of an unbroken run
+(scores in `results.json` and weights of `last.ckpt`, bit for bit), or it ends within {signal:.0f} s of a signal, or {other:.0f} s of
+any other fault, with one message and an exit code other than 0, and the repeated command gives the numbers of the
+unbroken run. No process may be left, and no half-written file may bear the name of a whole one.
+
+{tries} injections, {date}, seed {seed}{skipped}. "Ended in" is the time from the fault to the end of the run, median and
+longest.
+
+{table}
+"""
+
+
+def plan(tries: int, seed: int, only: str) -> list[tuple[Fault, int]]:
+    """Faults in random order, each as often as the others, and the seed of each injection."""
+    source, kinds = random.Random(seed), [fault for fault in FAULTS if only in fault.name]
+    chosen = [fault for _ in range(-(-tries // len(kinds))) for fault in source.sample(kinds, len(kinds))][:tries]
+    return [(fault, source.randrange(10**9)) for fault in chosen]
+
+
+def in_thread(fault: Fault, seed: int, lab: Lab) -> Outcome:
+    """In a thread of its own, with which its mounts end."""
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(target=lambda: outcomes.append(attempt(fault, seed, lab)))
+    thread.start()
+    thread.join()
+    if not outcomes:
+        raise RuntimeError(f"the harness itself failed: {fault.name}, seed {seed}")
+    return outcomes[0]
+
+
+def rows(outcomes: list[Outcome]) -> list[list[str]]:
+    found = []
+    for fault in FAULTS:
+        mine = [o for o in outcomes if o.fault is fault and not o.skipped]
+        if not mine:
+            continue
+        seconds = [o.seconds for o in mine]
+        wrong = sorted(
+            {f"{scene}/{phase}: {text}" for o in mine for (scene, phase), text in zip([o.place], o.wrong, strict=False)}
+        )
+        places = ", ".join(sorted({"/".join(o.place) for o in mine}))
+        ended = f"{statistics.median(seconds):.1f} / {max(seconds):.1f} s"
+        equal = f"{sum(o.equal for o in mine)} of {len(mine)}"
+        found.append([fault.name, places, str(len(mine)), ended, equal, "; ".join(wrong) or "nothing"])
+    return found
+
+
+COLUMNS = ["fault", "phase", "tries", "ended in", "numbers equal", "left behind or amiss"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__)
+    parser.add_argument("--tries", type=int, default=300, help="number of injections (default: 300)")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="repeats a series")
+    parser.add_argument("--only", default="", help="only faults whose name contains this")
+    parser.add_argument("--again", type=int, help="with --only: repeats the one injection with this seed")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reliability.md", help="the file to write")
+    args = parser.parse_args()
+    console, outcomes = Console(soft_wrap=True), list[Outcome]()
+    planned = plan(args.tries, args.seed, args.only)
+    if args.again is not None:
+        planned = [(planned[0][0], args.again)]
+    lab = Lab(Path(tempfile.mkdtemp(prefix="faults-")))
+    console.print(f"Seed {args.seed}, in {lab.folder}")
+    for number, (fault, seed) in enumerate(planned, start=1):
+        outcome = in_thread(fault, seed, lab)
+        outcomes.append(outcome)
+        state = outcome.skipped or "; ".join(outcome.wrong) or "ok"
+        where = "/".join(outcome.place)
+        line = f"{number:3} {fault.name} in {where}, {outcome.seconds:.1f} s, code {outcome.code}, seed {seed}: {state}"
+        console.print(escape(line), style="red" if outcome.wrong else "", highlight=False)
+    table = Table(*COLUMNS, title=f"{len(outcomes)} injections")
+    for row in rows(outcomes):
+        table.add_row(*map(escape, row))
+    Console().print(table)
+    args.page.write_text(page(outcomes, args.seed))
+    sys.exit(any(outcome.wrong for outcome in outcomes))
+
+
+def page(outcomes: list[Outcome], seed: int) -> str:
+    cells = [COLUMNS, ["---"] * len(COLUMNS)]
+    cells += [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows(outcomes)]
+    skipped = sum(bool(o.skipped) for o in outcomes)
+    return PAGE.format(
+        signal=10,
+        other=60,
+        tries=len(outcomes) - skipped,
+        date=datetime.now(UTC).date(),
+        seed=seed,
+        skipped=f"; {skipped} more could not be injected on this machine" if skipped else "",
+        table="\n".join(f"| {' | '.join(row)} |" for row in cells),
+    )
+
+
+if __name__ == "__main__":
+    main()
