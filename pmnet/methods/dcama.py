@@ -150,7 +150,8 @@ class Attention(nn.Module):
             queries: L maps (B, C, h, w).
             keys: L tensors (B, S, C).
         """
-        value_NS = values_BS.repeat_interleave(HEADS, dim=0)
+        exact = torch.promote_types(values_BS.dtype, torch.float32)
+        value_NS = values_BS.to(exact).repeat_interleave(HEADS, dim=0)
         dropout = self.dropout.p if self.training else 0.0
         masks = []
         for query_BQC, key_BSC in zip(self.projected(queries, self.linears[0]), keys, strict=True):
@@ -158,7 +159,7 @@ class Attention(nn.Module):
             seed = int(torch.randint(2**62, ())) if dropout else 0
             mask_NQ = Attended.apply(by_head(scaled_BQC), by_head(key_BSC), value_NS, dropout, seed)
             masks.append(mask_NQ.unflatten(0, (-1, HEADS)).mean(dim=1))
-        return torch.stack(masks, dim=1).unflatten(2, size_of(queries[0]))
+        return torch.stack(masks, dim=1).to(queries[0].dtype).unflatten(2, size_of(queries[0]))
 
     def projected(self, features: list[Tensor], linear: nn.Module) -> list[Tensor]:
         code_PC = position_code(features[0][0, 0].numel(), features[0].shape[1], features[0])
