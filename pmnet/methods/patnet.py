@@ -91,13 +91,19 @@ class PATNetHead(HSNetHead):
         return query_feats
 
     def pairs(self, query: Features, support: Any, size: tuple[int, int]) -> Tensor:
+        of_query, of_support = self.units(query, support)
+        return super().pairs(of_query, hsnet.Seen(of_support, support.masks), size)
+
+    def units(self, query: Features, support: Any) -> tuple[Features, Features]:
+        """Of the queries' and the supports' transformed features, what has the same inner products as their unit
+        vectors: stage -> list of (N, 2, h, w)."""
         of_query: Features = {}
         of_support: Features = {}
         for m, product_N22 in support.products.items():
-            feature_inverse = zip(query[m], support.to_coordinates[m], strict=True)
-            of_query[m] = [multiplied(unit(in_coordinates(f, i), product_N22), product_N22) for f, i in feature_inverse]
+            coordinates = [in_coordinates(f, i) for f, i in zip(query[m], support.to_coordinates[m], strict=True)]
+            of_query[m] = [multiplied(unit(a, product_N22), product_N22) for a in coordinates]
             of_support[m] = [unit(a, product_N22) for a in support.coordinates[m]]
-        return super().pairs(of_query, hsnet.Seen(of_support, support.masks), size)
+        return of_query, of_support
 
     def answers(self, query_feats: Features, seen: Seen, size: tuple[int, int]) -> Tensor:
         if self.tuning_steps and not self.training:
