@@ -359,9 +359,16 @@ def test_batch_size_must_be_divisible_by_the_processes(folder):
         make(folder, 0, 3).train_dataloader()
 
 
-@pytest.mark.parametrize("size", [(100, 128), (128, 100), (33, 32)])
-def test_image_size_must_be_multiples_of_32(folder, size):
-    with pytest.raises(DatasetError, match=r"episodes\.image_size must be multiples of 32, not \(\d+, \d+\)"):
+@pytest.mark.parametrize("size, shape", [(33, (33, 33)), ((50, 41), (50, 41)), ([7, 100], (7, 100))])
+def test_any_image_sides_are_possible(folder, size, shape):
+    data = make(folder, image_size=size)
+    batch = next(iter(data.test_dataloader()))
+    assert data.image_size == batch.query.shape[-2:] == batch.support_masks.shape[-2:] == shape
+
+
+@pytest.mark.parametrize("size", [0, -32, (32, 0), (64,), (64, 64, 64), 64.5, "64", (64, 6.4)])
+def test_image_sides_must_be_positive_whole_numbers(folder, size):
+    with pytest.raises(DatasetError, match=r"episodes\.image_size must be one or two positive whole numbers, not "):
         make(folder, image_size=size)
 
 
