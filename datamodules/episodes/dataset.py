@@ -323,6 +323,12 @@ class Episodes(Dataset[Episode]):
     def __len__(self) -> int:
         return self.specs.per_epoch if isinstance(self.specs, TrainingEpisodes) else len(self.specs)
 
+    @property
+    def episode_bytes(self) -> int:
+        """Size of one episode's images and masks."""
+        spec = self.specs[0, 0] if isinstance(self.specs, TrainingEpisodes) else self.specs[0]
+        return 4 * self.size[0] * self.size[1] * (1 + len(spec.supports))
+
     def __getitem__(self, key: int | tuple[int, int]) -> Episode:
         """Reads a single episode, without the batch axis.
 

@@ -69,11 +69,6 @@ class Episode:
         stacked = {n: torch.stack([getattr(e, n) for e in episodes]) for n in TENSORS}
         return cls(**stacked, spec=[row for e in episodes for row in e.spec])
 
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        return sum(getattr(self, n).nbytes for n in TENSORS)
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Episode":
         """A copy whose tensors are on `device`."""
         moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in TENSORS}

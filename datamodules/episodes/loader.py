@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from datamodules.episodes.episode import Episode
 from datamodules.errors import DatasetError
 
 
@@ -19,18 +20,9 @@ class EpisodeLoader(DataLoader[Any]):
     After a barrier, a thread of the process group (such as gloo's) may be about to acquire the interpreter lock. A
     worker forked at that moment inherits the held lock and waits forever (Python 3.11). A short pause before the
     workers start avoids this.
-
-    Attributes:
-        batch_bytes: of one batch's tensors, to check that the workers have room to deliver; 0 checks nothing.
-
-    Raises:
-        DatasetError: on iteration, where the shared memory is too small for the workers' batches.
     """
 
-    batch_bytes = 0
-
     def __iter__(self) -> Any:
-        check_shared_memory(self.batch_bytes, self.num_workers, self.prefetch_factor or 0)
         if self.num_workers and torch.distributed.is_available() and torch.distributed.is_initialized():
             time.sleep(0.2)
         return super().__iter__()
@@ -79,12 +71,13 @@ def check_shared_memory(batch_bytes: int, workers: int, ahead: int, folder: Path
         )
 
 
-def share(batch: Any) -> Any:
-    """Moves a worker's batch to shared memory while errors still reach the main process.
+def collate(episodes: list[Episode]) -> Episode:
+    """Collates as `Episode.collate` does, and in a worker moves the batch to shared memory.
 
-    Otherwise the worker's queue does it in a thread, where an error is printed and lost, and the main process waits
+    Otherwise the worker's queue would move it, in a thread whose errors never reach the main process: that would wait
     forever.
     """
+    batch = Episode.collate(episodes)
     if get_worker_info() is not None:
         for tensor in vars(batch).values():
             if isinstance(tensor, torch.Tensor):

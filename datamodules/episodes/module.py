@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from datamodules.episodes.cache import ImageCache
 from datamodules.episodes.dataset import Episodes, FewShotDataset, Fold, Split
 from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
-from datamodules.episodes.loader import EpisodeLoader, TrainingLoader, ignore_sigterm
+from datamodules.episodes.loader import EpisodeLoader, TrainingLoader, check_shared_memory, collate, ignore_sigterm
 from datamodules.episodes.sampler import EpochSampler, TrainingEpisodes, json_hash, list_hash
 from datamodules.episodes.tasks import check_pair, same_benchmark
 from datamodules.errors import DatasetError
@@ -368,16 +368,18 @@ class FewShotDataModule(L.LightningDataModule):
         keep_workers: bool,
         kind: type[EpisodeLoader] = EpisodeLoader,
     ) -> DataLoader[Episode]:
-        return kind(
+        loader = kind(
             episodes,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.workers,
-            collate_fn=Episode.collate,
+            collate_fn=collate,
             worker_init_fn=ignore_sigterm,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=keep_workers and self.workers > 0,
         )
+        check_shared_memory(batch_size * episodes.episode_bytes, self.workers, loader.prefetch_factor or 0)
+        return loader
 
     def cache_of(self, dataset: FewShotDataset, names: Iterable[str]) -> ImageCache | None:
         return ImageCache(self.cache, dataset, names, self.image_size) if self.cache else None

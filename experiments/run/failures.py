@@ -93,12 +93,14 @@ def as_message(error: Exception) -> str | None:
     cause = error.__cause__ if isinstance(error, InstantiationException) else error
     if type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed: {str(cause).splitlines()[0]}. Use trainer.compile=false."
+    if isinstance(cause, EXPECTED):
+        return explain(cause)
     if "shared memory" in str(cause) or "killed by signal" in str(cause):
         return (
             f"A worker that reads images could not deliver: {last_line(cause)} Give the container more shared memory "
             "(docker run --shm-size=2g), or read in the main process: episodes.workers=0."
         )
-    return explain(cause) if isinstance(cause, EXPECTED) else None
+    return None
 
 
 def last_line(error: BaseException | None) -> str:

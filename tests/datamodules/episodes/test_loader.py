@@ -1,0 +1,57 @@
+"""Workers that cannot deliver: said before the first batch, or an error in the main process, and never a hang."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from datamodules.episodes.dataset import Episodes
+from datamodules.episodes.episode import Episode
+from datamodules.episodes.loader import EpisodeLoader, check_shared_memory, collate
+from datamodules.errors import DatasetError
+from datamodules.own.synthetic import SyntheticDataset
+
+
+def episodes(count: int = 4, shot: int = 2) -> Episodes:
+    data = SyntheticDataset(size=64, images_per_class=8, seed=0)
+    return Episodes(data, data.test_episodes([0, 1], count, shot), (64, 64))
+
+
+def test_size_of_an_episode_is_that_of_its_images_and_masks() -> None:
+    data = episodes()
+    single = data[0]
+    tensors = (single.query, single.query_mask, single.support, single.support_masks)
+    assert data.episode_bytes == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_too_little_shared_memory_is_an_error_before_the_first_batch(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64_000_000))
+    check_shared_memory(12_000_000, workers=2, ahead=2, folder=tmp_path)
+    check_shared_memory(99_000_000, workers=0, ahead=2, folder=tmp_path)
+    with pytest.raises(DatasetError, match=r"need 65 MB .* 64 MB are free.*--shm-size.*episodes\.workers=0"):
+        check_shared_memory(13_000_000, workers=2, ahead=2, folder=tmp_path)
+
+
+def fail(tensor: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("unable to allocate shared memory(shm)")
+
+
+def test_worker_that_cannot_deliver_ends_the_epoch_with_its_error(monkeypatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)  # workers are forked, and so fail too
+    loader = EpisodeLoader(episodes(), batch_size=2, num_workers=1, collate_fn=collate, timeout=60)
+    with pytest.raises(RuntimeError, match="unable to allocate shared memory"):
+        list(loader)
+
+
+def test_batches_of_workers_are_those_of_the_main_process() -> None:
+    data, loaded = episodes(), []
+    for workers in (0, 2):
+        loader = EpisodeLoader(data, batch_size=2, num_workers=workers, collate_fn=collate)
+        loaded.append([(batch.query, batch.support_masks) for batch in loader])
+    expected = [Episode.collate([data[2 * i], data[2 * i + 1]]) for i in range(2)]
+    for batches in loaded:
+        for (query, masks), batch in zip(batches, expected, strict=True):
+            assert torch.equal(query, batch.query)
+            assert torch.equal(masks, batch.support_masks)
