@@ -5,9 +5,9 @@ Network", IEEE Transactions on Multimedia 2023. Published program:
 github.com/NUST-Machine-Intelligence-Laboratory/FECANET at 4d8d1fe, without a licence: this code was written from a
 description of it.
 
-Beside every block's own correlation, each stage has one of how positions are alike to their neighbours, in the masked
-support and in the query. Feature enhancement, which lets query and support attend to one another before, is an option.
-The decoder also takes an earlier answer for the same query, if training has one.
+Each stage has a correlation for every block, as in HSNet, and one more that compares the context of positions: how
+alike they are to their neighbours. Optionally, query and support attend to one another before that (feature
+enhancement). In training, the decoder sometimes takes an earlier prediction for the same query.
 """
 
 from collections.abc import Mapping
@@ -53,8 +53,10 @@ class Query(NamedTuple):
     """What is computed once for all supports of a query.
 
     Attributes:
-        units, stages: as those of the supports, not masked and without the axis K.
-        history: (B, 2, h', w'), the probabilities of an earlier answer, or zeros.
+        units: stage -> list of (B, C, h, w), the blocks' unit vectors.
+        stages: stage -> its output after the last ReLU, (B, C, h, w); without feature enhancement, the unit vectors
+            of its context.
+        history: (B, 2, h', w'), the probabilities of an earlier prediction, or zeros.
     """
 
     units: Features
@@ -93,7 +95,7 @@ class FECANetHead(VotingHead):
                 self.add_module(name, Enhancement(channels[stage]))
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Seen:
-        """Arguments as those of `Head.see`."""
+        """Arguments as in `Head.see`."""
         stages = {m: masked(F.relu(support_feats[m][-1]), support_masks) for m in STAGES}
         return Seen(units(support_feats), stages if self.fem else self.contexts(stages))
 
@@ -173,8 +175,8 @@ class Context(nn.Module):
 class Enhancement(nn.Module):
     """The feature enhancement module (FEM) of one stage: query and support attend to one another.
 
-    As in the authors' program, the weights over the one image's positions are applied to values of the other's, at the
-    same places: both have the same size.
+    As in the authors' program, attention weights over the positions of one image are applied to values of the other
+    image. So both images have the same size.
     """
 
     def __init__(self, channels: int) -> None:
@@ -206,7 +208,7 @@ class Enhancement(nn.Module):
 
 
 class Gate(nn.Module):
-    """A weight in 0..1 for each channel, by the mean of all."""
+    """A weight in 0..1 for each channel, computed from the means of all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -224,10 +226,10 @@ class FECANet(Method):
     Args:
         backbone: with layer2, layer3 and layer4 at strides of 8, 16 and 32.
         fem: see `FECANetHead`.
-        recall: how often, in training, the last answer for the same query and class is given to the decoder.
+        recall: probability in training that the decoder takes the last prediction for the same query and class.
 
     Attributes:
-        memory: name of a query and its class -> the probability of the foreground in the last answer, (2h, 2w). Not
+        memory: (name of a query, class) -> the foreground's probability in the last prediction, (2h, 2w) float16. Not
             saved in checkpoints; every process has its own.
 
     Example:
@@ -250,7 +252,7 @@ class FECANet(Method):
         self.memory: dict[tuple[str, int], Tensor] = {}
 
     def loss(self, episode: Any, criterion: Criterion) -> Tensor:
-        """The training loss of a batch of episodes, a scalar; remembers the answers."""
+        """The training loss, a scalar. Stores the predictions in `memory`. Arguments as in `Method.loss`."""
         query_feats, support_feats = self.features(episode.query, episode.support, episode.support_masks)
         size = native(query_feats)
         query_feats = {**query_feats, HISTORY: [self.recalled(episode, size)]}
@@ -262,7 +264,7 @@ class FECANet(Method):
         return scored(criterion, resize(logits, size_of(masks)), masks)
 
     def recalled(self, episode: Any, size: tuple[int, int]) -> Tensor:
-        """(B, 2, 2h, 2w): what is remembered of some of the queries, zeros of the others."""
+        """(B, 2, 2h, 2w): the last predictions for a random part of the queries, zeros for the others."""
         history = torch.zeros(len(episode.spec), 2, *size)
         for b, spec in enumerate(episode.spec):
             share = self.memory.get((spec.query, spec.class_id))
@@ -276,7 +278,7 @@ def from_release(state_dict: Mapping[str, Tensor], fem: bool | None = None) -> F
 
     Args:
         state_dict: a whole checkpoint; the backbone's tensors are ignored.
-        fem: enhance the features; None: if the checkpoint has the tensors for it. They are ignored if it is False.
+        fem: enhance the features. None: if the checkpoint has the tensors for it. False: ignore these tensors.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of an unexpected shape.

@@ -77,7 +77,7 @@ class PATNetHead(HSNetHead):
         return {stage: self.get_parameter(f"{name}.weight") for stage, name in ANCHORS.items()}
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Any:
-        """A `Seen`; arguments as those of `Head.see`."""
+        """A `Seen`; arguments as in `Head.see`."""
         prototypes = {m: [both_sides(f, support_masks) for f in support_feats[m]] for m in STAGES}
         inverses = {m: [pseudo_inverse(p) for p in prototypes[m]] for m in STAGES}
         coordinates = {
@@ -95,8 +95,8 @@ class PATNetHead(HSNetHead):
         return super().pairs(of_query, hsnet.Seen(of_support, support.masks), size)
 
     def units(self, query: Features, support: Any) -> tuple[Features, Features]:
-        """Of the queries' and the supports' transformed features, what has the same inner products as their unit
-        vectors: stage -> list of (N, 2, h, w)."""
+        """stage -> list of (N, 2, h, w), for queries and supports, whose inner products are the cosines of the
+        transformed features."""
         of_query: Features = {}
         of_support: Features = {}
         for m, product_N22 in support.products.items():
@@ -111,18 +111,18 @@ class PATNetHead(HSNetHead):
         return super().answers(query_feats, seen, size)
 
     def loss(self, *args: Any) -> Tensor:
-        """Arguments as those of `Head.loss`. The unused biases get gradients of 0: training on several devices waits
-        for those of every parameter."""
+        """Arguments as in `Head.loss`. The unused biases get gradients of 0, because training on several devices waits
+        for a gradient of every parameter."""
         biases = [self.get_parameter(f"{name}.bias") for name in ANCHORS.values()]
         return super().loss(*args) + 0 * torch.stack([b.sum() for b in biases]).sum()
 
     # Tuning
 
     def tuned(self, query_feats: Features, seen: Seen, size: tuple[int, int]) -> Seen:
-        """With anchors of each episode's own in place of the learned ones, which stay as they are.
+        """Replaces the learned anchors by those tuned for each episode. The head's parameters stay as they are.
 
-        Episodes are tuned one after the other, so that an answer does not depend on the batch; with gradients even
-        where they are switched off outside.
+        Episodes are tuned one by one, so that an answer does not depend on the batch. Gradients are enabled here, even
+        inside `torch.inference_mode()`.
         """
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(seen.masks.device.type, enabled=False):
             products_of = []
@@ -148,7 +148,7 @@ class PATNetHead(HSNetHead):
     def divergence(
         self, anchors: Mapping[str, Tensor], query_feats: Features, seen: Seen, size: tuple[int, int]
     ) -> Tensor:
-        """How the foreground that these anchors find in the queries differs from the supports'; see `divergence`."""
+        """The loss of the tuning (see the function `divergence`) for the masks that these anchors predict."""
         answers = super().answers(query_feats, seen._replace(products=products(anchors, seen.masks)), size)
         return divergence(query_feats[COMPARED], seen.foreground, answers.softmax(dim=2)[:, :, 1].mean(dim=1))
 
@@ -165,14 +165,14 @@ def both_sides(feature_BKChw: Tensor, masks_BKHW: Tensor) -> Tensor:
 
 
 def pseudo_inverse(prototypes_BK2C: Tensor) -> Tensor:
-    """(B, K, C, 2), of the prototypes over their lengths; a prototype of nothing, which is zero, has no part in it."""
-    exact_BK2C = over_length(prototypes_BK2C.double())  # two prototypes of one image are much alike
+    """(B, K, C, 2), of the prototypes divided by their lengths. A zero prototype, of an empty mask, is left out."""
+    exact_BK2C = over_length(prototypes_BK2C.double())  # both prototypes of an image are nearly parallel
     single = torch.finfo(torch.float32).eps * exact_BK2C.shape[-1]  # the cut-off of the authors' program
     return torch.linalg.pinv(exact_BK2C, rtol=single).to(prototypes_BK2C.dtype)
 
 
 def over_length(x: Tensor) -> Tensor:
-    """(..., C): each vector over its length + 1e-6."""
+    """(..., C): each vector divided by (its length + 1e-6)."""
     return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + TINY)
 
 
@@ -182,7 +182,7 @@ def in_coordinates(feature: Tensor, inverse: Tensor) -> Tensor:
 
 
 def products(anchors: Mapping[str, Tensor], masks_BKHW: Tensor) -> dict[str, Tensor]:
-    """Inner products of each stage's anchors over their lengths, (B, K, 2, 2): the same for all of the supports."""
+    """stage -> inner products of the anchors divided by their lengths, (B, K, 2, 2), the same for all supports."""
     units = {m: over_length(anchor_2C) for m, anchor_2C in anchors.items()}
     return {m: (u[:, None] * u[None]).sum(dim=2).expand(*masks_BKHW.shape[:2], 2, 2) for m, u in units.items()}
 
@@ -192,14 +192,15 @@ def multiplied(a_N2hw: Tensor, product_N22: Tensor) -> Tensor:
 
 
 def unit(a_N2hw: Tensor, product_N22: Tensor) -> Tensor:
-    """Coordinates over (the length of the features R^T a + 1e-5)."""
+    """Coordinates divided by (the length of the transformed features R^T a + 1e-5)."""
     squares_N1hw = (a_N2hw * multiplied(a_N2hw, product_N22)).sum(dim=1, keepdim=True)
     return a_N2hw / (squares_N1hw.clamp(min=1e-30).sqrt() + EPS)  # of a zero vector the gradient is 0
 
 
 def divergence(query: list[Tensor], foreground: list[Tensor], query_mask_BHW: Tensor) -> Tensor:
-    """The loss of the tuning: the divergence of the query's foreground prototypes from those of the supports, taken
-    as distributions over the channels; summed over blocks and episodes, mean over the shots.
+    """The loss of the tuning: how the query's foreground prototypes diverge from those of the supports.
+
+    Prototypes are compared as distributions over the channels; the sum over blocks and episodes, the mean over shots.
 
     Args:
         query: of each block (B, C, h, w).

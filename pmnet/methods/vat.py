@@ -4,9 +4,9 @@ Hong, Cho, Nam, Lin, Kim, "Cost Aggregation with 4D Convolutional Swin Transform
 2022. Published program: github.com/Seokju-Cho/Volumetric-Aggregation-Transformer at 5534a15, MIT licence; this code was
 written from a description of it.
 
-Every block of three stages says how alike each query position is to each position of the masked support. Three encoders
-bring the stages to few support positions, and transformers refine them from deep to shallow. A Swin decoder turns the
-mean over the support positions into a mask, beside projections of the query's own features. Several shots vote.
+Every block of three stages correlates each query position with each position of the masked support. Encoders reduce the
+support positions of each stage, and transformers refine the stages from deep to shallow. A Swin decoder turns the mean
+over the support positions, together with projections of the query's own features, into a mask. Several shots vote.
 """
 
 import re
@@ -29,7 +29,7 @@ from pmnet.methods.pfenet import filled
 from pmnet.methods.votes import VotingHead
 
 STAGES = ("layer4", "layer3", "layer2")  # from deep to shallow
-SIDES = {"layer1": 128, "layer2": 64, "layer3": 32, "layer4": 16}  # every feature map is resized to
+SIDES = {"layer1": 128, "layer2": 64, "layer3": 32, "layer4": 16}  # to which every feature map is resized
 ENCODERS = {  # stage -> channels after each step, and strides of the query plane and of the support plane
     "layer4": ((64, 128), ((2, 1), (1, 2))),
     "layer3": ((64, 128), ((2, 2), (1, 2))),
@@ -37,11 +37,11 @@ ENCODERS = {  # stage -> channels after each step, and strides of the query plan
 }
 DEPTHS = {"layer4": 4, "layer3": 2, "layer2": 2}  # blocks of each transformer
 PROJECTED = {"layer3": 64, "layer2": 32, "layer1": 16}  # channels of the projections of query features
-REDUCED = {"layer3": 96, "layer2": 48}  # channels that a level of the decoder hands on
+REDUCED = {"layer3": 96, "layer2": 48}  # output channels of the decoder's levels
 WIDTH, ATTENTION_HEADS = 128, 4
-APART = -100.0  # is added to the scores between regions that a shifted window brings together
-ROWS = 8  # of the query plane, whose correlations are computed at a time
-TOKENS_ON_CPU, TOKENS_ELSEWHERE = 2**12, 2**14  # that attend at a time
+APART = -100.0  # added to the scores between regions that only a shifted window brings together
+ROWS = 8  # of the query plane that are correlated at a time
+TOKENS_ON_CPU, TOKENS_ELSEWHERE = 2**12, 2**14  # whose attention is computed at a time
 
 
 class Query(NamedTuple):
@@ -49,7 +49,7 @@ class Query(NamedTuple):
 
     Attributes:
         units: stage -> unit vectors of its blocks, (B, C, side, side).
-        appearance: of the layers that the decoder sees: projections (B, C', side, side).
+        appearance: layer that the decoder sees -> projection (B, C', side, side).
     """
 
     units: Features
@@ -77,7 +77,8 @@ class VATHead(VotingHead):
         super().__init__()
         if "layer1" not in appearance or not PROJECTED.keys() >= set(appearance):
             raise SettingError(
-                f"The decoder of VAT sees layer1, and if wanted layer2 and layer3 of the query, not {list(appearance)}."
+                f"model.appearance={list(appearance)}: VAT's decoder takes layer1, and optionally layer2 and layer3. "
+                "Choose among these."
             )
         self.appearance = tuple(appearance)
         self.encoders = nn.ModuleList(Encoder(blocks[m], *ENCODERS[m]) for m in STAGES)
@@ -92,7 +93,7 @@ class VATHead(VotingHead):
         self.classify = nn.Sequential(nn.Conv2d(width, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 2, 3, padding=1))
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Features:
-        """Unit vectors of the resized and masked features; arguments as those of `Head.see`."""
+        """Unit vectors of the resized and masked features; arguments as in `Head.see`."""
         return {m: [unit(masked(self.fixed(f, m), support_masks)) for f in support_feats[m]] for m in STAGES}
 
     def see_query(self, query_feats: Features) -> Query:
@@ -125,21 +126,21 @@ class VATHead(VotingHead):
         return sum(len(blocks) * self.sides[m] ** 4 for m, blocks in query.units.items())
 
     def loss(self, *args: Any) -> Tensor:
-        """Arguments as those of `Head.loss`. What is never used gets gradients of 0: training on several devices
-        waits for those of every parameter."""
+        """Arguments as in `Head.loss`. Unused parameters get gradients of 0, because training on several devices waits
+        for a gradient of every parameter."""
         unused = [part.get_submodule("norm") for part in self.transformers]
         unused += [part for m, part in zip(PROJECTED, self.project, strict=True) if m not in self.appearance]
         return super().loss(*args) + 0 * torch.stack([p.sum() for part in unused for p in part.parameters()]).sum()
 
 
 def in_parts(function: Callable[..., Tensor], at_once: int, *tensors: Tensor) -> Tensor:
-    """A function of parts of the batch, joined.
+    """Applies a function to parts of the batch and joins the results.
 
-    Where gradients are wanted, a part is computed once more on the way back, so that its intermediate results take
-    memory for one part at a time.
+    With gradients, the backward pass computes each part again, so that intermediate results take memory for one part
+    at a time.
 
     Args:
-        at_once: entries of the first axis that a part has.
+        at_once: size of a part along the first axis.
     """
     if torch.is_grad_enabled():
         function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
@@ -152,7 +153,7 @@ def in_parts(function: Callable[..., Tensor], at_once: int, *tensors: Tensor) ->
 class Step(nn.Module):
     """A 4D convolution as the sum of one over the query plane and one over the support plane; GroupNorm, ReLU.
 
-    The plane that a convolution passes by is max-pooled by its stride before.
+    Before each convolution, the plane that it does not convolve is max-pooled by that plane's stride.
 
     Args:
         strides: of the query plane and of the support plane.
@@ -165,20 +166,20 @@ class Step(nn.Module):
         self.norm = Norm(out_channels // 16, out_channels)
 
     def pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of (N, hq, wq, hs, ws, C), what the convolutions take: each with the other's plane pooled."""
+        """The inputs of both convolutions, from (N, hq, wq, hs, ws, C): the other's plane is pooled."""
         of_query, of_support = self.strides
         by_query = over_support(partial(F.max_pool2d, kernel_size=of_support), x) if of_support > 1 else x
         by_support = over_query(partial(F.max_pool2d, kernel_size=of_query), x) if of_query > 1 else x
         return by_query, by_support
 
     def forward(self, by_query: Tensor, by_support: Tensor) -> Tensor:
-        """What `pooled` returns -> (N, hq / sq, wq / sq, hs / ss, ws / ss, C')."""
+        """The outputs of `pooled` -> (N, hq / sq, wq / sq, hs / ss, ws / ss, C')."""
         sums = over_support(self.support_conv, by_support) + turned(over_support(self.query_conv, turned(by_query)))
         return F.relu(self.norm(sums), inplace=True)
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm of channels last. PyTorch's own loses digits over a million positions of them, on a CPU."""
+    """GroupNorm with channels last. PyTorch's own loses digits over a million positions in this layout on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.flatten(1, -2).unflatten(2, (self.num_groups, -1))
@@ -224,7 +225,7 @@ class Encoder(nn.Module):
         return in_parts(self.coarse, 1, *self.correlated(query, support))
 
     def correlated(self, query: list[Tensor], support: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the first step takes of the correlations, which are not kept: those of a pair at 64x64 are 268 MB."""
+        """The first step's pooled inputs. The correlations are not kept: a pair's take 268 MB at 64x64."""
         first = cast(Step, self.steps[0])
         rows = zip(*(block.split(ROWS, dim=2) for block in query), strict=True)
         parts = [first.pooled(correlation(list(some), support).movedim(1, -1)) for some in rows]
@@ -247,10 +248,10 @@ class WindowBlock(nn.Module):
 
     Args:
         channels: of every position.
-        axes: of the grid.
-        window: side of a window, which divides the grid's sides.
-        shift: by which windows are moved along every axis. Regions that are then brought together from opposite ends
-            of the grid do not attend to one another.
+        axes: number of the grid's axes.
+        window: side of a window; divides the grid's sides.
+        shift: of the windows along every axis. The shift wraps around: positions from opposite ends of the grid that
+            share a window do not attend to one another.
     """
 
     offsets: Tensor
@@ -285,10 +286,10 @@ class WindowBlock(nn.Module):
         return grid_of(windows, x.shape, self.window).roll((self.shift,) * self.axes, over)
 
     def within(self, bias_hPP: Tensor, x_NPC: Tensor, region_NP: Tensor | None = None) -> Tensor:
-        """The block inside N windows of P positions.
+        """Applies the block to N windows of P positions.
 
         Args:
-            region_NP: positions attend to those with the same number; None: to all.
+            region_NP: numbers of the regions; positions attend only to their own region. None: to all.
         """
         x_NPC = x_NPC + self.attended(self.norm1(x_NPC), bias_hPP, region_NP)
         return x_NPC + self.mlp(self.norm2(x_NPC))
@@ -311,7 +312,7 @@ class WindowBlock(nn.Module):
 
 
 def offsets(window: int, axes: int) -> Tensor:
-    """(P, P): for each two positions of a window the row of the bias table, which stands for how far apart they are."""
+    """Rows of the bias table, (P, P): for each two positions of a window, the row for their distance."""
     at_PA = torch.cartesian_prod(*[torch.arange(window)] * axes)
     apart_PPA = at_PA[:, None] - at_PA[None] + window - 1
     places = (2 * window - 1) ** torch.arange(axes - 1, -1, -1)
@@ -328,7 +329,7 @@ def windows_of(x: Tensor, window: int) -> Tensor:
 
 
 def grid_of(windows_NPC: Tensor, shape: Sequence[int], window: int) -> Tensor:
-    """The way back from `windows_of`, to the given shape."""
+    """The inverse of `windows_of`, for a grid of the given shape."""
     sides, axes = shape[1:-1], len(shape) - 2
     cut = windows_NPC.reshape(shape[0], *(side // window for side in sides), *[window] * axes, shape[-1])
     pairs = [axis for a in range(1, axes + 1) for axis in (a, a + axes)]
@@ -336,7 +337,7 @@ def grid_of(windows_NPC: Tensor, shape: Sequence[int], window: int) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Window blocks on the four axes of a correlation, every other one shifted.
+    """Window blocks on the four axes of a correlation; every second one is shifted.
 
     Args:
         depth: number of blocks.
@@ -353,7 +354,7 @@ class Transformer(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """Two Swin blocks with a residual around them; and, if wanted, a 1x1 convolution to fewer channels."""
+    """Two Swin blocks with a residual around them; optionally, a 1x1 convolution to fewer channels."""
 
     def __init__(self, channels: int, reduced: int | None) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ class VATHMHead(VATHead):
     """VAT's head, for supports that have a second pass, "layer3_masked" and so on, beside "layer3"."""
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Features:
-        """Unit vectors of the features after hybrid masking and resizing; arguments as those of `Head.see`."""
+        """Unit vectors of the features after hybrid masking and resizing; arguments as in `Head.see`."""
         chosen = hybrid(support_feats, support_masks)
         return {m: [unit(self.fixed(f, m)) for f in chosen[m]] for m in STAGES}
 

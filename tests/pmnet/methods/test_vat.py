@@ -312,7 +312,7 @@ def test_tensors_of_something_else_are_refused(golden, change, names):
 
 def test_appearance_without_layer1_is_refused():
     for appearance in ((), ("layer2",), ("layer1", "layer4")):
-        with pytest.raises(SettingError, match="sees layer1, and if wanted layer2 and layer3"):
+        with pytest.raises(SettingError, match="takes layer1, and optionally layer2 and layer3"):
             VATHead(CHANNELS, BLOCKS, appearance)
 
 
