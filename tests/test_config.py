@@ -136,6 +136,7 @@ def test_misspelt_option_keeps_hydras_message(option):
 # As a user starts it
 
 
+@pytest.mark.slow
 def test_first_start_without_data_says_what_to_do(tmp_path):
     done = run(
         "dataset=folder", "dataset.root=null", "backbone=small", f"hydra.run.dir={tmp_path}"
@@ -146,6 +147,7 @@ def test_first_start_without_data_says_what_to_do(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_integers_sweep_over_groups(tmp_path):
     sweep = ["fold=0,1", "shot=1,5", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path}", "-m"]
     done = run("dataset=folder", "dataset.root=null", "backbone=small", *sweep)

@@ -16,6 +16,8 @@ from tests.conftest import ROOT, run_module
 from tests.data import deepglobe, pascal
 from tests.datamodules.benchmarks.published_loop import golden
 
+pytestmark = pytest.mark.slow
+
 # prepare
 
 

@@ -40,6 +40,7 @@ os.wait()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
 def test_a_worker_that_reads_coco_sized_lists_copies_nothing():
     """Kilobytes that a forked process comes to own, beside a list of strings."""

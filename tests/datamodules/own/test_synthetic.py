@@ -35,6 +35,7 @@ def digest() -> str:
     return sha.hexdigest()
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same():
     code = "from tests.datamodules.own.test_synthetic import digest; print(digest())"
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}

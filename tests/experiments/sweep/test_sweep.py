@@ -219,6 +219,7 @@ def test_search_finds_the_best_validation(tmp_path: Path) -> None:
     assert best == pytest.approx(max(scores), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     done = run("-m", *TINY, "launcher=slurm", "fold=0,1", f"hydra.sweep.dir={tmp_path}", env={"PATH": "/nowhere"})
     assert done.returncode == 1
@@ -227,6 +228,7 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_slurm_is_for_sweeps(tmp_path: Path) -> None:
     done = run(*TINY, "launcher=slurm_cpu", f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 1
@@ -234,6 +236,7 @@ def test_slurm_is_for_sweeps(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_wrong_override_is_told_without_a_report(tmp_path: Path) -> None:
     done = run("-m", *TINY, "fold=0,1", "shot=0", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 1
