@@ -7,6 +7,7 @@ unpickling objects.
 import itertools
 import logging
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,7 @@ def put_aside(folder: Path) -> None:
 def read(path: Path) -> Checkpoint:
     """Raises CheckpointError if the file is damaged or contains anything but tensors and plain values."""
     try:
+        check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or malicious file can raise anything
         raise CheckpointError(
@@ -193,6 +195,14 @@ def read(path: Path) -> Checkpoint:
             f"({type(error).__name__}). Nothing in it was executed."
         ) from error
     return Checkpoint(path, content if isinstance(content, dict) else {})
+
+
+def check_sums(path: Path) -> None:
+    """Raises BadZipFile if a bit of the file was changed: torch.load would take damaged weights for whole ones."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if (damaged := file.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
 
 
 def callbacks(folder: Path) -> list[ModelCheckpoint]:

@@ -97,8 +97,9 @@ def test_best_score_of_another_training_does_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_asked_to_end_it_says_how_to_go_on(tmp_path: Path) -> None:
-    """SIGTERM: no results of an earlier run are left as if they were this one's."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_asked_to_end_it_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    """No results of an earlier run are left as if they were this one's."""
     setting = [*TINY, f"hydra.run.dir={tmp_path}"]
     assert run(*setting, "trainer.max_epochs=1").returncode == 0
     before = results(tmp_path)
@@ -110,10 +111,10 @@ def test_asked_to_end_it_says_how_to_go_on(tmp_path: Path) -> None:
     while not (tmp_path / "checkpoints-before-1").exists() or not (tmp_path / "checkpoints" / "last.ckpt").exists():
         assert time.time() < deadline
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "SIGTERM" in read_json(tmp_path / "failure.json")["error"]
+    assert process.returncode == 128 + number, output
+    assert number.name in read_json(tmp_path / "failure.json")["error"]
     assert before
     assert not (tmp_path / "results.json").exists()
 
@@ -136,6 +137,18 @@ def test_one_damaged_file_does_not_cost_a_training(tmp_path: Path, caplog, damag
     damage(tmp_path / "checkpoints" / "best.ckpt")
     with pytest.raises(CheckpointError, match=r"last.ckpt cannot be read"):
         to_start_from(None, tmp_path, True)
+
+
+def test_flipped_bit_is_found(tmp_path: Path) -> None:
+    """torch.load does not look at the checksums in the file."""
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    AtomicCheckpoints().save_checkpoint({"state_dict": {"weight": torch.zeros(1000)}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.find(bytes(4000)) + 2003] ^= 64
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["state_dict"]["weight"].count_nonzero() == 1
+    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read"):
+        read(path)
 
 
 def test_last_state_but_one_is_kept(tmp_path: Path) -> None:
