@@ -150,7 +150,7 @@ def acquired(lock: BaseFileLock, entry: Path, folder: Path) -> bool:
 def keep_training(folder: Path) -> None:
     """Reserves the training in this folder for its own job, which Slurm is going to restart, for `ABSENCE` seconds."""
     training = read_json(folder / "training.json")
-    if training.get("run") == str(folder.absolute()) and not training["finished"]:
+    if training.get("run") == str(folder.absolute()) and training.get("finished") is False:
         write_json(folder / "training.json", training | {"back_by": time.time() + ABSENCE})
 
 
@@ -165,7 +165,7 @@ def marked(folder: Path, record: dict[str, Any]) -> Iterator[None]:
 def is_finished(run: Path, fingerprint: str) -> bool:
     training = read_json(run / "training.json")
     kept = in_run(run, "best") or in_run(run, "last")
-    return training.get("fingerprint") == fingerprint and training["finished"] and kept is not None
+    return training.get("fingerprint") == fingerprint and training.get("finished") is True and kept is not None
 
 
 def continues_another(folder: Path, fingerprint: str) -> bool:

@@ -113,6 +113,15 @@ def test_training_whose_folder_is_gone_or_is_another_by_now_is_not_used(tmp_path
     assert train(tmp_path / "store", tmp_path / "c") is None
 
 
+def test_training_whose_record_is_damaged_is_not_used(tmp_path: Path) -> None:
+    """One flipped bit: "finished" reads "fanished"."""
+    train(tmp_path / "store", tmp_path / "a")
+    record = tmp_path / "a" / "training.json"
+    record.write_text(record.read_text().replace("finished", "fanished"))
+    trainings.keep_training(tmp_path / "a")
+    assert train(tmp_path / "store", tmp_path / "b") is None
+
+
 def test_training_that_goes_on_from_another_shape_is_not_shared(tmp_path: Path) -> None:
     """E.g. a training of fewer epochs: the result belongs to neither shape."""
     a = tmp_path / "a"
