@@ -23,14 +23,19 @@ from tests.faults.runs import Lab
 
 PAGE = """# Reliability
 
-`make faults` breaks real runs: it injects one fault at a random moment of a random phase, then repeats the command
-without the fault. After each fault, one of two things has to hold: the run ends well with the numbers of an unbroken run
-(scores in `results.json` and weights of `last.ckpt`, bit for bit), or it ends within {signal:.0f} s of a signal, or {other:.0f} s of
-any other fault, with one message and an exit code other than 0, and the repeated command gives the numbers of the
-unbroken run. No process may be left, and no half-written file may bear the name of a whole one.
+`make faults` breaks real runs. It injects one fault at a random moment of a random phase, then repeats the command
+without the fault. After each fault, one of two things must hold:
 
-{tries} injections, {date}, seed {seed}{skipped}. "Ended in" is the time from the fault to the end of the run, median and
-longest.
+- The run succeeds with the numbers of an unbroken run: the scores in `results.json` and the weights in `last.ckpt`, bit
+  for bit.
+- The run ends with one message and an exit code other than 0, within {signal:.0f} s of a signal or {other:.0f} s of
+  another fault. The repeated command then gives the numbers of the unbroken run.
+
+No process may be left, and no file under its final name may be incomplete. A process that a signal ends before the run
+has started may end without a message.
+
+{tries} injections on {date}, seed {seed}{skipped}. "Ended in" is the time from the fault to the end of the run, median
+and longest.
 
 {table}
 """
@@ -95,11 +100,11 @@ def main() -> None:
         where = "/".join(outcome.place)
         line = f"{number:3} {fault.name} in {where}, {outcome.seconds:.1f} s, code {outcome.code}, seed {seed}: {state}"
         console.print(escape(line), style="red" if outcome.wrong else "", highlight=False)
+        args.page.write_text(page(outcomes, args.seed))
     table = Table(*COLUMNS, title=f"{len(outcomes)} injections")
     for row in rows(outcomes):
         table.add_row(*map(escape, row))
     Console().print(table)
-    args.page.write_text(page(outcomes, args.seed))
     sys.exit(any(outcome.wrong for outcome in outcomes))
 
 

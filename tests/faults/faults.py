@@ -148,7 +148,7 @@ def limit(case: Case, what: int, value: int) -> None:
         resource.prlimit(case.process.pid, what, (value, value))
 
 
-@fault("files limited in size, as by a quota", "train", "cached", "pretrain", "prepare")
+@fault("files limited in size, as by a quota", "train", "images", "pretrain", "prepare")
 def quota(case: Case) -> Steps:
     yield
     limit(case, resource.RLIMIT_FSIZE, case.random.choice([0, 100, 4096, 100_000]))
@@ -182,9 +182,9 @@ class Skipped(Exception):
     """The fault cannot be injected on this machine."""
 
 
-@fault("disk full", "train", "cached", "shared", "pretrain", "prepare")
+@fault("disk full", "train", "features", "images", "shared", "pretrain", "prepare")
 def full_disk(case: Case) -> Steps:
-    disk = case.folder / case.random.choice(["features", "images"]) if case.scene.name == "cached" else case.run
+    disk = case.folder / (case.scene.name if case.scene.name in ("features", "images") else "run")
     mount(disk, "64m")
     yield
     with suppress(OSError), (disk / "filler").open("wb") as file:
@@ -203,7 +203,7 @@ def little_shared_memory(case: Case) -> Steps:
     subprocess.run(["umount", "/dev/shm"], check=True)
 
 
-@fault("folder becomes read-only", "train", "cached", "pretrain", "prepare")
+@fault("folder becomes read-only", "train", "images", "pretrain", "prepare")
 def read_only(case: Case) -> Steps:
     """A disk that the kernel has remounted read-only after an error."""
     mount(case.run, "64m")
@@ -251,8 +251,8 @@ for how in (flip, truncate):
     for file in ("results.json", "training.json"):
         fault(f"{name} {file}", "shared/start")(damage(how, f"run/{file}", "whole"))
     fault(f"{name} the entry of a shared training", "shared/start")(damage(how, "trainings/*.json", "whole"))
-    fault(f"{name} the feature cache", "cached/start")(damage(how, "features/*/*.safetensors", "interrupted"))
-    fault(f"{name} the image cache", "cached/start")(damage(how, "images/*.npy", "interrupted"))
+    fault(f"{name} the feature cache", "features/start")(damage(how, "features/*/*.safetensors", "interrupted"))
+    fault(f"{name} the image cache", "images/start")(damage(how, "images/*.npy", "interrupted"))
     fault(f"{name} an image", "train/training", "workers/test")(lambda case, how=how: of_image(case, how))
 
 
@@ -282,6 +282,7 @@ for how in (flip, truncate):
 
 def of_image(case: Case, how: Callable[[Path, Case], None]) -> Steps:
     """A random image, in mid-run; restored for the repetition."""
+    case.data = Path(shutil.copytree(case.data, case.folder / "data"))
     chosen = case.random.choice(sorted((case.data / "images").iterdir()))
     content = chosen.read_bytes()
     yield
@@ -307,6 +308,7 @@ def image_unreadable(case: Case) -> Steps:
         path.unlink()
         path.mkdir()
 
+    case.data = Path(shutil.copytree(case.data, case.folder / "data"))
     chosen = case.random.choice(sorted((case.data / "images").iterdir()))
     content = chosen.read_bytes()
     yield
@@ -334,7 +336,7 @@ def two_preparations(case: Case) -> Steps:
 # The machine
 
 
-@fault("locks refused (ENOLCK)", "shared/start", "cached/start", "prepare/start")
+@fault("locks refused (ENOLCK)", "shared/start", "images/start", "prepare/start")
 def no_locks(case: Case) -> Steps:
     case.patches["locks"] = True
     yield

@@ -20,7 +20,7 @@ from tests.data import suim
 from tests.data.folder import write_indexed
 
 PATCHED = Path(__file__).parent / "patched"
-IMAGES = [*TINY, "dataset=folder", "dataset.folds=2", "trainer.max_epochs=3"]
+IMAGES = [*TINY, "dataset=folder", "dataset.folds=2", "trainer.max_epochs=3", "trainer.cache=null"]
 PRETRAIN = (
     "experiment=pretrain_backbone dataset=folder dataset.folds=2 episodes.image_size=64 trainer=cpu "
     "trainer.max_epochs=3 episodes.workers=0 pretrain.batch_size=2 pretrain.images_per_epoch=8"
@@ -76,10 +76,16 @@ def workers(case: "Case") -> list[str]:
     return run_py(case, *IMAGES, "reuse=false", "episodes.workers=2")
 
 
-@scene("cached", *TRAINING, like="shared")
-def cached(case: "Case") -> list[str]:
-    kept = [f"trainer.cache.folder={quoted(case.folder / 'features')}", "trainer.cache.host_gb=0"]
-    return run_py(case, *IMAGES, "reuse=false", *kept, f"episodes.cache={quoted(case.folder / 'images')}")
+@scene("images", *TRAINING, like="shared")
+def images(case: "Case") -> list[str]:
+    return run_py(case, *IMAGES, "reuse=false", f"episodes.cache={quoted(case.folder / 'images')}")
+
+
+@scene("features", *TRAINING)
+def features(case: "Case") -> list[str]:
+    """Features differ in the last bits with the batch they are computed in, so these numbers are only close."""
+    kept = ["trainer.cache={_target_: pmnet.FeatureCache, host_gb: 0, folder: '%s'}" % (case.folder / "features")]
+    return run_py(case, *IMAGES[:-1], "reuse=false", *kept)
 
 
 @scene("shared", *TRAINING, "waiting")
@@ -144,7 +150,10 @@ class Case:
         self.run, self.data = self.folder / "run", self.folder / "data"
         self.trained = self.lab.reference("shared").run if self.scene.name == "test" else self.run
         self.folder.mkdir(parents=True)
-        suim.write(self.data) if self.scene.name == "prepare" else write_indexed(self.data)
+        if self.scene.name == "prepare":
+            suim.write(self.data)
+        else:
+            self.data = self.lab.data  # one folder for all: its path is part of a training's fingerprint
 
     @property
     def process(self) -> psutil.Popen:
@@ -269,6 +278,7 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.made, self.making = folder, dict[str, Case](), threading.RLock()
+        self.data = write_indexed(folder / "data")
 
     def reference(self, scene: str) -> Case:
         """The unbroken run of a scene, or of the scene that has the same numbers."""
@@ -291,9 +301,9 @@ class Lab:
     def copy_state(self, case: Case, name: str) -> None:
         """Copies what a run has left to the folder of another case, as if it had been left there."""
         state = self.state(case.scene.name, name)
-        for part in ("run", "trainings", "features", "images"):
+        for part in ("run", "trainings", "features", "images", "data"):
             if (state.folder / part).exists():
-                shutil.copytree(state.folder / part, case.folder / part, symlinks=True)
+                shutil.copytree(state.folder / part, case.folder / part, symlinks=True, dirs_exist_ok=True)
         for path in [*case.run.glob("*.json"), *case.folder.glob("trainings/*.json")]:
             path.write_text(path.read_text().replace(str(state.folder), str(case.folder)))
 
