@@ -39,7 +39,7 @@ class CenterPivotConv4d(nn.Module):
         over_support = self.conv2(x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
         kept = x[..., :: self.stride, :: self.stride].permute(0, 4, 5, 1, 2, 3).flatten(0, 2)
         over_query = self.conv1(kept.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        sums, others = over_support.view(B, -1, len(kept) // B), over_query.reshape(B, len(kept) // B, -1)
+        sums, others = over_support.reshape(B, -1, len(kept) // B), over_query.reshape(B, len(kept) // B, -1)
         for b in range(B):
             sums[b] += others[b].T.contiguous()  # a transposed matrix is copied faster than it is added
         return sums.view(B, hq, wq, -1, *over_support.shape[2:]).permute(0, 3, 1, 2, 4, 5)
@@ -53,7 +53,7 @@ class CenterPivotConv4d(nn.Module):
         from_i_j = [self.conv2.weight[:, :, self.reach - i :, self.reach - j :] for i in range(hs) for j in range(ws)]
         weight = torch.stack([w[:, :, :hs, :ws] for w in from_i_j])  # (to S, C', C, from hs, from ws)
         matrix = weight.permute(0, 1, 3, 4, 2).reshape(1, -1, x_BSCQ.shape[1] * hs * ws).expand(B, -1, -1)
-        both = torch.baddbmm(over_query.view(B, -1, hq * wq), matrix, x_BSCQ.view(B, -1, hq * wq))
+        both = torch.baddbmm(over_query.reshape(B, -1, hq * wq), matrix, x_BSCQ.view(B, -1, hq * wq))
         return both.view(B, hs, ws, -1, hq, wq).permute(0, 3, 4, 5, 1, 2)
 
     @property

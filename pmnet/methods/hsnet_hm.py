@@ -31,6 +31,14 @@ class HSNetHM(HSNet):
 
     Args:
         backbone: with layer2, layer3 and layer4 at strides of 8, 16 and 32.
+
+    Example:
+        >>> import torch
+        >>> from pmnet.backbones import ResNetBackbone
+        >>> from pmnet.methods.hsnet_hm import HSNetHM
+        >>> method = HSNetHM(ResNetBackbone("resnet18", weights="none")).eval()
+        >>> method.predict(torch.rand(1, 3, 72, 80), torch.rand(1, 5, 3, 72, 80), torch.ones(1, 5, 72, 80)).shape
+        torch.Size([1, 72, 80])
     """
 
     head_class = HSNetHMHead

@@ -1,8 +1,8 @@
 """Several shots by votes, as HSNet and the methods that descend from it take them: each support answers alone."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from operator import itemgetter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,18 +62,14 @@ class VotingHead(Head):
 
     def answers(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
         """Every support's logits, (B, K, 2, H, W). Arguments as those of `segment`."""
-        query, supports = self.see_query(query_feats), each(seen, lambda x: x.flatten(0, 1))
-        shape, device = shape_and_device(seen)
-        B, K = shape[:2]
+        query = self.see_query(query_feats)
+        (B, K), device = shape_and_device(seen)
         limit = POSITIONS_ON_CPU if device.type == "cpu" else POSITIONS_ELSEWHERE
         positions = self.positions(query)
-        at_once = max(1, limit // positions) if positions else B * K
-        episodes = torch.arange(B * K, device=device) // K
         parts = []
-        for start in range(0, B * K, at_once):
-            pairs = slice(start, start + at_once)
-            queries = each(query, itemgetter(pairs if K == 1 else episodes[pairs]))
-            parts.append(self.pairs(queries, each(supports, itemgetter(pairs)), size))
+        for b, k in portions(B, K, max(1, limit // positions) if positions else B * K):
+            queries = each(query, partial(for_each_shot, b, k.stop - k.start))
+            parts.append(self.pairs(queries, each(seen, partial(shots, b, k)), size))
         return torch.cat(parts).unflatten(0, (B, K))
 
     def segment(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
@@ -89,11 +85,29 @@ class VotingHead(Head):
         return voted(foreground(self.answers(query_feats, seen, size)))
 
 
-def shape_and_device(tree: Any) -> tuple[torch.Size, torch.device]:
-    """Shape and device of a tree's first tensor."""
+def portions(B: int, K: int, at_once: int) -> Iterator[tuple[slice, slice]]:
+    """Episodes and shots that run together: all shots of some episodes, or some shots of one."""
+    many, few = max(1, at_once // K), min(K, at_once)
+    for b in range(0, B, many):
+        for k in range(0, K, few):
+            yield slice(b, b + many), slice(k, min(K, k + few))
+
+
+def for_each_shot(episodes: slice, K: int, x: Tensor) -> Tensor:
+    """(B, ...) -> (N, ...), each of some episodes K times."""
+    return x[episodes, None].expand(-1, K, *x.shape[1:]).flatten(0, 1)
+
+
+def shots(episodes: slice, shots: slice, x: Tensor) -> Tensor:
+    """(B, K, ...) -> (N, ...), some of them."""
+    return x[episodes, shots].flatten(0, 1)
+
+
+def shape_and_device(tree: Any) -> tuple[tuple[int, int], torch.device]:
+    """The first two axes of a tree's tensors, and their device."""
     while not isinstance(tree, Tensor):
         tree = next(iter(tree.values() if isinstance(tree, Mapping) else tree))
-    return tree.shape, tree.device
+    return (tree.shape[0], tree.shape[1]), tree.device
 
 
 def each(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

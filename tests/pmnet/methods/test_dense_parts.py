@@ -202,7 +202,7 @@ class Products(VotingHead):
         return 2**23 // self.at_once if self.at_once else 0
 
 
-@pytest.mark.parametrize("at_once, runs", [(0, [6]), (1, [1] * 6), (4, [4, 2]), (50, [6])])
+@pytest.mark.parametrize("at_once, runs", [(0, [6]), (1, [1] * 6), (2, [2, 1] * 2), (4, [3, 3]), (50, [6])])
 def test_each_support_answers_alone_for_its_own_query(at_once, runs):
     head = Products(at_once)
     query, support = {"layer3": [randn(2, 1, 4, 5)]}, {"layer3": [randn(2, 3, 1, 4, 5, seed=1)]}
