@@ -173,6 +173,7 @@ def columns(cfg: DictConfig) -> dict[str, Any]:
         "backbone": choices["backbone"],
         "weights": cfg.backbone.weights,
         "model": choices["model"],
+        "method": cfg.model._target_.rsplit(".", 1)[-1],
         "fold": cfg.fold.index,
         "shot": cfg.shot.k,
         "seed": cfg.seed,

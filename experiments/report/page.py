@@ -211,6 +211,7 @@ def facts_of(job: Job, found: Found) -> dict[str, str]:
         "trained by": found.name_of(job.trained_by) if job.trained_by and not job.url else training.get("run"),
         "epochs": training.get("epochs"),
         "checkpoint": r.get("checkpoint", {}).get("selection"),
+        "tuned at test on": r.get("tuned_at_test"),
         "commit": short(r.get("commit")),
         "commit of the training": short(training.get("commit")),
         "weights": f"{backbone.get('backbone')} {backbone.get('weights')}, from {backbone.get('source')}, "

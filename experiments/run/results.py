@@ -62,6 +62,7 @@ def make(
         "parameters": {"learnable": learnable(network), "frozen": frozen(network)},
         "checkpoint": checkpoint_record(checkpoint, data),
         "training": training_record(checkpoint),
+        "tuned_at_test": getattr(network, "tuned_on", "") or None,  # what gradient steps at test use
         "tested_classes_seen_in_training": seen,
         "seconds": {
             "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
