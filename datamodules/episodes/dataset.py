@@ -268,14 +268,14 @@ class FewShotDataset(ABC):
 
     def other_folds(self, split: Split, shot: int) -> str:
         """What the user can do about a fold without classes; the end of an error message."""
-
-        def works(fold: int) -> bool:
-            sides = (self.base_classes(fold), "train"), (self.novel_classes(fold), "test")
-            return all(len(self.few(ids, side, shot)) < len(ids) for ids, side in sides)  # type: ignore[arg-type]
-
-        good = [str(fold) for fold in range(len(self.folds)) if works(fold)]
+        every = range(len(self.classes))
+        trains, tests = (set(every) - self.few(every, s, shot).keys() for s in ("train", "test"))
+        if not (trains and tests):
+            return self.advice()
+        folds = enumerate(self.folds)
+        good = [str(f) for f, novel in folds if tests & set(novel) and trains & set(self.base_classes(f))]
         ways = [f"fold.index={'|'.join(good)}"] if good else []
-        if not good and len(self.classes) > 1:
+        if not good and len(trains | tests) > 1:
             ways += [f"dataset.folds={len(self.classes)} (one class per fold)"]
         ways += ["fold=all (tests on the classes that it trains on)"]
         if split == "train":

@@ -177,6 +177,20 @@ def test_one_class_alone_names_what_works(tmp_path):
         make(one, fold=1).setup("fit")
 
 
+def test_one_class_beside_a_rare_one_names_what_works(tmp_path):
+    write_by_class(tmp_path, classes=["cat"])
+    write_by_class(tmp_path, classes=["dog"], images_per_class=1)
+    with pytest.raises(DatasetError, match=r"no class to train on .* Set fold=all") as error:
+        make(folder(tmp_path, folds=1)).setup("fit")
+    assert "dataset.folds" not in str(error.value)
+    make(folder(tmp_path, folds=1), fold="all").setup("fit")
+
+
+def test_no_fold_is_advised_if_every_class_is_rare(tmp_path):
+    with pytest.raises(DatasetError, match=r"no class to train on .*\. Images in which .* or add images\.$"):
+        _ = make(folder(write_by_class(tmp_path, classes=["cat"], images_per_class=1), folds=1)).train_specs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "remedy", ["fold=all trainer.max_epochs=1", "mode=test model=nearest", "mode=test model=prototype"]
