@@ -291,7 +291,7 @@ def notes_on(s: Series) -> list[str]:
     }.items():
         if different > 1:
             notes.append(f"its runs have different {what} and are not comparable")
-    seen = sorted({c for j in s.jobs for c in j.record.get("tested_classes_seen_in_training", [])})
+    seen = sorted({c for j in s.jobs for c in j.record.get("tested_classes_seen_in_training") or []})
     if seen:
         notes.append(f"tested classes that were seen in training: {', '.join(seen)}")
     return [f"{s.name}: {note}." for note in notes]

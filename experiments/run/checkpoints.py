@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from datamodules import FewShotDataModule
 from experiments.errors import UserError
 from experiments.files import read_json
 from experiments.run.processes import is_first
-from pmnet.errors import CheckpointError
-from pmnet.methods import Method
+from pmnet.errors import CheckpointError, SettingError
+from pmnet.methods import Head, Method, all_methods, from_release
 from pmnet.training.module import check_checkpoint
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,11 @@ class Checkpoint:
     content: dict[str, Any]
 
     @property
+    def released(self) -> bool:
+        """Whether it is from another program, such as that of a method's authors."""
+        return not isinstance(self.content.get("backbone"), dict)
+
+    @property
     def record(self) -> dict[str, Any]:
         """The setting of its training."""
         return self.content.get("record", {})
@@ -52,7 +58,7 @@ class Checkpoint:
     @property
     def val_miou(self) -> float:
         """The best validation mIoU in percent up to this checkpoint; NaN without validation."""
-        states = [s for s in self.content["callbacks"].values() if s.get("monitor") == "val/miou"]
+        states = [s for s in self.content.get("callbacks", {}).values() if s.get("monitor") == "val/miou"]
         best = states[0]["best_model_score"] if states else None
         return float("nan") if best is None else float(best)
 
@@ -179,6 +185,77 @@ def put_aside(folder: Path) -> None:
     if (folder / "checkpoints").is_dir():
         names = (f"checkpoints-before-{number}" for number in itertools.count(1))
         (folder / "checkpoints").rename(next(folder / name for name in names if not (folder / name).exists()))
+
+
+# Checkpoints of the methods' authors
+
+
+def load_released(checkpoint: Checkpoint, network: Method) -> None:
+    """Loads a checkpoint of the method's authors into `network`.
+
+    Raises:
+        CheckpointError: it is of another method, of other options or of another backbone; the message says which.
+    """
+    path, name = checkpoint.path, next(n for n, kind in all_methods().items() if kind is type(network))
+    content: Any = checkpoint.content
+    for key in ("state_dict", "model"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path} is not a checkpoint: it holds no dictionary of tensors. Check ckpt.")
+    released = release_of(name, content)
+    if isinstance(released, CheckpointError):
+        others = [n for n in all_methods() if not isinstance(release_of(n, content), CheckpointError)]
+        whose = f"It fits model={' or model='.join(others)}." if others else "It fits no other method either."
+        raise CheckpointError(f"{path} does not fit model={name}. {released} {whose}") from released
+    of_head = {f"head.{key}": value for key, value in released.head.state_dict().items()}
+    of_method = released.state_dict() if isinstance(released, Method) else of_head
+    own = network.state_dict()
+    state = {key: value for key, value in of_method.items() if key in network.saved() | of_head.keys()}
+    differ = sorted(k for k in own if k.startswith("head.") and k not in state)
+    differ += sorted(k for k, v in state.items() if k not in own or own[k].shape != v.shape)
+    if differ:
+        raise CheckpointError(
+            f"{path} fits {type(network).__name__} with other options or another backbone: '{differ[0]}' is "
+            f"{tuple(state[differ[0]].shape) if differ[0] in state else 'absent'} in the file, "
+            f"{tuple(own[differ[0]].shape) if differ[0] in own else 'absent'} here. Choose model.<option> and backbone."
+        )
+    network.load_state_dict(state, strict=False)
+    check_trunk(path, content, network, name)
+
+
+def release_of(name: str, state: dict[str, Tensor]) -> Head | Method | CheckpointError:
+    """What a method's `from_release` makes of the tensors, or why it refuses them."""
+    try:
+        return from_release(name, state)
+    except SettingError as error:  # a method without published weights
+        return CheckpointError(str(error))
+    except CheckpointError as error:
+        return error
+
+
+def check_trunk(path: Path, state: dict[str, Tensor], network: Method, name: str) -> None:
+    """Raises CheckpointError if the file contains another backbone than that of `network`; warns if it has none."""
+    own, made = network.backbone.trunk.state_dict(), network.backbone.provenance
+    probe = next((key for key in own if key.startswith("layer1.") and key.endswith("weight")), "")
+    prefix = next((key.removesuffix(probe) for key in state if probe and key.endswith(probe)), None)
+    known = {} if prefix is None else {key: state[prefix + key] for key in own if prefix + key in state}
+    differ = [key for key, value in known.items() if value.is_floating_point() and not same(value, own[key])]
+    card = f"docs/methods/{name}.md"
+    if differ:
+        raise CheckpointError(
+            f"{path} contains another backbone than {made.backbone} with weights '{made.weights}': {len(differ)} of "
+            f"{len(known)} tensors differ (for example '{differ[0]}'). Choose the authors' backbone, see {card}, or "
+            f"the one in the file: backbone.weights={path}."
+        )
+    if not known and not network.learned_layers:
+        log.warning(
+            "%s contains no backbone to compare with %s, weights '%s'. Make sure that it is the authors', see %s.",
+            *(path, made.backbone, made.weights, card),
+        )
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.to(b.dtype), b.cpu())
 
 
 # Files

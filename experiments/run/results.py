@@ -47,7 +47,8 @@ def make(
     choices = HydraConfig.get().runtime.choices
     baselines = result.baselines | ({"untrained": untrained.scores} if untrained else {})
     trained = checkpoint.record if checkpoint else {}
-    seen = data.seen(trained["base_classes"], trained["dataset"]) if checkpoint else []
+    seen = data.seen(trained["base_classes"], trained["dataset"]) if trained else []
+    unknown = checkpoint is not None and checkpoint.released
     return {
         "mode": cfg.mode,
         "setting": {"target": data.target.name}
@@ -63,7 +64,7 @@ def make(
         "checkpoint": checkpoint_record(checkpoint, data),
         "training": training_record(checkpoint),
         "tuned_at_test": getattr(network, "tuned_on", "") or None,  # what gradient steps at test use
-        "tested_classes_seen_in_training": seen,
+        "tested_classes_seen_in_training": None if unknown else seen,
         "seconds": {
             "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
             "test": round(clock["end"] - clock["test"], 1),
@@ -88,9 +89,14 @@ def checkpoint_record(checkpoint: Checkpoint | None, data: FewShotDataModule) ->
 
 
 def training_record(checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """How the tested weights were trained; empty for a method that learns nothing."""
+    """How the tested weights were trained; empty for a method that learns nothing.
+
+    A checkpoint of a method's authors records nothing of its training but the file itself.
+    """
     if checkpoint is None:
         return {}
+    if checkpoint.released:
+        return {"run": str(checkpoint.path.absolute()), "by": "the method's authors"}
     commit = read_json(checkpoint.run / "training.json").get("commit")
     epochs, steps = checkpoint.content["epoch"] + 1, checkpoint.content["global_step"]
     return {"run": str(checkpoint.run), "commit": commit, "epochs": epochs, "steps": steps, **checkpoint.record}

@@ -59,7 +59,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     if cfg.mode == "train" and network.learned():
         clock["fit"] = time.time()
         tested = train(cfg, folder, trainer, module, data)
-    elif start:
+    elif start and not start.released:
         start.check_trained_on(data)
     clock["test"] = time.time()
     result = test(trainer, module, data, tested)
@@ -85,7 +85,9 @@ def build(cfg: DictConfig, folder: Path) -> tuple[Method, Checkpoint | None]:
     network: Method = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
     if cfg.mode == "test" and (network.learned() or cfg.ckpt):
         start = checkpoints.to_test(cfg.ckpt)
-    if start:
+    if start and start.released and cfg.mode == "test":
+        checkpoints.load_released(start, network)
+    elif start:
         start.check_network(network)
     equip(network.backbone, cfg.trainer)
     return network, start
@@ -127,5 +129,6 @@ def train(
 def test(
     trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule, checkpoint: Checkpoint | None
 ) -> TestResult:
-    trainer.test(module, data, ckpt_path=checkpoint.path if checkpoint else None, verbose=False, weights_only=True)
+    path = checkpoint.path if checkpoint and not checkpoint.released else None  # else the network has the weights
+    trainer.test(module, data, ckpt_path=path, verbose=False, weights_only=True)
     return module.test_result

@@ -12,9 +12,15 @@ from hydra.utils import instantiate
 from omegaconf import open_dict
 
 from experiments.report.collect import is_whole
+from experiments.run.checkpoints import load_released, read
 from experiments.run.job import run_job
-from pmnet.errors import SettingError
+from pmnet.backbones import ResNetBackbone, SmallBackbone
+from pmnet.backbones.vgg import OURS, PANET, VGGBackbone
+from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods import Method, all_methods, vat
+from pmnet.methods.dcama import DCAMA
+from pmnet.methods.hsnet import HSNet
+from pmnet.methods.panet import PANet
 from pmnet.methods.pfenet import PFENet
 from tests.conftest import ROOT, results
 
@@ -85,3 +91,67 @@ def test_method_trains_and_its_checkpoint_gives_the_same_scores(name: str, tmp_p
     again = run_here(tmp_path / "tested", *setting, "mode=test", f"ckpt={tmp_path / 'trained'}")
     assert again["test"] == record["test"]
     assert again["training"] == record["training"]
+
+
+# Checkpoints of the methods' authors
+
+
+def released(method: HSNet, changed: float = 0.0) -> dict[str, torch.Tensor]:
+    """A checkpoint in the names of HSNet's program: the head, and a backbone that differs from ours by `changed`."""
+    head = {f"module.hpn_learner.{name}": tensor for name, tensor in method.head.state_dict().items()}
+    trunk = {f"module.backbone.{name}": tensor + changed for name, tensor in method.backbone.trunk.state_dict().items()}
+    return head | trunk
+
+
+@pytest.fixture
+def hsnet() -> HSNet:
+    torch.manual_seed(1)
+    return HSNet(SmallBackbone("none"))
+
+
+def test_checkpoint_of_the_authors_is_tested(hsnet: HSNet, tmp_path: Path) -> None:
+    """It scores as the network that it was made of."""
+    torch.save({"state_dict": released(hsnet), "epoch": 3}, tmp_path / "authors.pt")
+    torch.manual_seed(0)
+    same = HSNet(SmallBackbone("none"))
+    load_released(read(tmp_path / "authors.pt"), same)
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), hsnet.parameters(), strict=True))
+    setting = ["model=hsnet", "backbone=small", "episodes.image_size=65", "mode=test"]
+    record = run_here(tmp_path / "run", *setting, f"ckpt={tmp_path / 'authors.pt'}")
+    assert is_whole(record)
+    assert record["training"] == {"run": str(tmp_path / "authors.pt"), "by": "the method's authors"}
+    assert record["tested_classes_seen_in_training"] is None
+
+
+def test_checkpoint_of_another_method_says_whose_it_is(hsnet: HSNet, tmp_path: Path) -> None:
+    torch.save(released(hsnet), tmp_path / "authors.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit model=dcama.* It fits model=hsnet or model=hsnet_hm"):
+        load_released(read(tmp_path / "authors.pt"), DCAMA(SmallBackbone("none")))
+    torch.save({"some": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit model=hsnet.* It fits no other method"):
+        load_released(read(tmp_path / "other.pt"), hsnet)
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match="holds no dictionary of tensors"):
+        load_released(read(tmp_path / "none.pt"), hsnet)
+
+
+def test_checkpoint_with_another_backbone_is_refused(hsnet: HSNet, tmp_path: Path) -> None:
+    torch.save(released(hsnet, changed=0.5), tmp_path / "authors.pt")
+    with pytest.raises(CheckpointError, match="another backbone than small with weights 'none'"):
+        load_released(read(tmp_path / "authors.pt"), hsnet)
+    with pytest.raises(CheckpointError, match=r"with other options or another backbone: 'head.encoder_layer2"):
+        load_released(read(tmp_path / "authors.pt"), HSNet(ResNetBackbone("resnet18", "none")))
+
+
+def test_whole_networks_are_loaded_whole(tmp_path: Path) -> None:
+    """PANet has no head: all that is learned is in the backbone."""
+    trained = PANet(VGGBackbone("none"))
+    theirs = dict(zip(OURS, PANET, strict=True))
+    state = {}
+    for name, tensor in trained.backbone.trunk.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        state[f"module.encoder.backbone.{theirs[module]}.{leaf}"] = tensor + 1
+    torch.save(state, tmp_path / "authors.pt")
+    network = PANet(VGGBackbone("none"))
+    load_released(read(tmp_path / "authors.pt"), network)
+    assert all(torch.equal(a, b + 1) for a, b in zip(network.parameters(), trained.parameters(), strict=True))
