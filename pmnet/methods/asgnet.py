@@ -24,16 +24,14 @@ from pmnet.methods.pfenet import (
     Enriched,
     PFENet,
     PyramidHead,
-    filled,
     flat,
-    inputs,
     mask_at,
     middle,
-    of_head,
     pointwise,
     supervised,
 )
 from pmnet.methods.pooling import masked_mean
+from pmnet.methods.release import filled, inputs, of_head
 
 MOST = 5  # seeds of a support
 AREA = 100  # positions per seed

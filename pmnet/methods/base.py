@@ -81,7 +81,8 @@ class Head(nn.Module, ABC):
 
     def mask(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
         """Predicted masks (B, H, W) bool; by default, the larger logit. Arguments as in `segment`."""
-        return self.segment(query_feats, seen, size).argmax(dim=1).bool()
+        logits = self.segment(query_feats, seen, size)
+        return logits[:, 1] > logits[:, 0]
 
     def forward(self, query_feats: Features, support_feats: Features, support_masks: Tensor) -> Tensor:
         """Logits (B, 2, H, W) at the masks' size. Arguments as in `see` and `segment`."""

@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from pmnet.backbones import Backbone, Features
 from pmnet.errors import SettingError
 from pmnet.methods.base import Criterion, Head, Method, resize, scored, size_of
-from pmnet.methods.pfenet import EPS, filled, flat, inputs, mask_at, of_head, prior_mask, spread
+from pmnet.methods.pfenet import EPS, flat, mask_at, prior_mask, spread
 from pmnet.methods.pooling import masked_mean
+from pmnet.methods.release import filled, inputs, of_head
 
 LAYERS, POINTS = 2, 9
 SAMPLED = 300  # support positions of the object, and as many others, for each shot

@@ -27,8 +27,8 @@ from pmnet.backbones import Backbone, Features
 from pmnet.errors import CheckpointError, SettingError
 from pmnet.memory import keep_freed_memory
 from pmnet.methods.base import Head, Method, resize, size_of
-from pmnet.methods.pfenet import filled
 from pmnet.methods.pmnet.affinity import Dropout, position_code
+from pmnet.methods.release import filled
 
 STAGES = ("layer2", "layer3", "layer4")
 HEADS = 8

@@ -24,7 +24,7 @@ from pmnet.methods.base import IGNORE, Criterion, Method, resize, scored, size_o
 from pmnet.methods.conv4d import building_steps
 from pmnet.methods.correlation import correlation, masked, unit
 from pmnet.methods.hsnet import STAGES, WIDTHS, conv3, of_head, resized
-from pmnet.methods.pfenet import filled, inputs
+from pmnet.methods.release import filled, inputs
 from pmnet.methods.votes import VotingHead
 
 SQUEEZES = {  # stage -> kernels and support strides of its steps

@@ -21,7 +21,7 @@ from pmnet.memory import keep_freed_memory
 from pmnet.methods.base import Method, resize, size_of
 from pmnet.methods.conv4d import CenterPivotConv4d, building_steps
 from pmnet.methods.correlation import correlation, masked, occupied, unit
-from pmnet.methods.pfenet import filled, inputs
+from pmnet.methods.release import filled, inputs
 from pmnet.methods.votes import VotingHead
 
 STAGES = ("layer4", "layer3", "layer2")  # from deep to shallow

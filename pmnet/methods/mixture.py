@@ -18,7 +18,8 @@ from pmnet.backbones.resnet import ResidualBackbone, build_trunk
 from pmnet.backbones.weights import load_weights
 from pmnet.errors import SettingError
 from pmnet.methods.base import Head, Method, resize, size_of
-from pmnet.methods.pfenet import filled, flat, inputs, mask_at, of_head
+from pmnet.methods.pfenet import flat, mask_at
+from pmnet.methods.release import filled, inputs, of_head
 
 WIDTH = 256  # channels of everything above the backbone
 CONCENTRATION, ROUNDS = 20.0, 10  # of the expectation-maximisation

@@ -26,13 +26,10 @@ from pmnet.methods.pfenet import (
     PyramidHead,
     Seen,
     classifier,
-    filled,
     flat,
-    inputs,
     mask_at,
     masked_deep,
     middle,
-    of_head,
     pointwise,
     prior_mask,
     reduction,
@@ -41,6 +38,7 @@ from pmnet.methods.pfenet import (
     supervised,
 )
 from pmnet.methods.pooling import masked_mean
+from pmnet.methods.release import filled, inputs, of_head
 
 if TYPE_CHECKING:
     from datamodules import Episode

@@ -18,8 +18,8 @@ from pmnet.backbones import Backbone, Features
 from pmnet.backbones.vgg import VGGBackbone, build_trunk, own_names
 from pmnet.backbones.weights import Provenance, state_hash
 from pmnet.methods.base import Criterion, Head, Method, scored, size_of
-from pmnet.methods.pfenet import filled
 from pmnet.methods.pooling import masked_mean, mean_at_mask_size, only
+from pmnet.methods.release import filled
 
 EPS = 1e-5
 SCALE = 20.0  # of cosines as logits

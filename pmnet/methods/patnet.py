@@ -21,8 +21,8 @@ from pmnet.methods import hsnet
 from pmnet.methods.base import Method, resize, size_of
 from pmnet.methods.correlation import EPS, masked
 from pmnet.methods.hsnet import STAGES, HSNet, HSNetHead, of_head
-from pmnet.methods.pfenet import filled, inputs
 from pmnet.methods.pooling import masked_mean
+from pmnet.methods.release import filled, inputs
 from pmnet.methods.votes import each
 
 ANCHORS = {"layer2": "reference_layer1", "layer3": "reference_layer2", "layer4": "reference_layer3"}

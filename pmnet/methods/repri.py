@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from pmnet.backbones import Backbone, Features
 from pmnet.errors import SettingError
 from pmnet.methods.base import Criterion, Head, Method, resize, scored, size_of
-from pmnet.methods.pfenet import filled, flat, inputs, of_head
+from pmnet.methods.pfenet import flat
+from pmnet.methods.release import filled, inputs, of_head
 
 WIDTH, BINS = 512, (1, 2, 3, 6)  # of the pyramid pooling
 TEMPERATURE = 20.0

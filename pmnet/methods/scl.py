@@ -24,13 +24,10 @@ from pmnet.methods.pfenet import (
     Enriched,
     PFENet,
     PyramidHead,
-    filled,
     flat,
-    inputs,
     mask_at,
     masked_deep,
     middle,
-    of_head,
     pointwise,
     prior_mask,
     reduction,
@@ -38,6 +35,7 @@ from pmnet.methods.pfenet import (
     supervised,
 )
 from pmnet.methods.pooling import masked_mean
+from pmnet.methods.release import filled, inputs, of_head
 
 SHARE = 5  # divides the weighted sum over the shots, for any number of them
 

@@ -20,8 +20,8 @@ from pmnet.backbones import Backbone, Features
 from pmnet.backbones.dilated import DilatedResNetBackbone, build_trunk, names_of_timm
 from pmnet.backbones.weights import Provenance, state_hash
 from pmnet.methods.base import Criterion, Head, Method, resize, scored, size_of
-from pmnet.methods.pfenet import filled
 from pmnet.methods.pooling import masked_mean, only
+from pmnet.methods.release import filled
 
 EPS = 1e-5
 SCALE = 10.0  # of cosines as logits

@@ -25,7 +25,7 @@ from pmnet.errors import CheckpointError, SettingError
 from pmnet.memory import keep_freed_memory
 from pmnet.methods.base import Method, resize
 from pmnet.methods.correlation import correlation, masked, unit
-from pmnet.methods.pfenet import filled
+from pmnet.methods.release import filled
 from pmnet.methods.votes import VotingHead
 
 STAGES = ("layer4", "layer3", "layer2")  # from deep to shallow
