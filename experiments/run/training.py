@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from datamodules import FewShotDataModule
 from experiments.files import write_json
@@ -38,15 +38,18 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         log.warning("fold=all trains on every class, so the tested classes are not novel.")
     data.setup("test" if cfg.mode == "test" else "fit")
     floors = {name: instantiate(floor, backbone=network.backbone) for name, floor in (cfg.floors or {}).items()}
+    schedule = OmegaConf.to_container(cfg.scheduler, resolve=True) if cfg.scheduler else None
+    interval = schedule.pop("interval", "epoch") if isinstance(schedule, dict) else "epoch"
     module = FewShotModule(
         network,
         data.test_class_ids,
         instantiate(cfg.loss),
         instantiate(cfg.optimizer),
-        instantiate(cfg.scheduler),
+        instantiate(schedule),
         data.training_record if cfg.mode == "train" else {},
         data.val_class_ids,
         floors,
+        interval,
     )
     trainer = make_trainer(cfg, folder, loggers, [StepSeed(cfg.seed), EpochLog(), *checkpoints.callbacks(folder)])
     if trainer.is_global_zero:

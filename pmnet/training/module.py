@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torchmetrics import CatMetric
 
 from pmnet.backbones.base import union
-from pmnet.errors import CheckpointError, NonFiniteLossError
+from pmnet.errors import CheckpointError, NonFiniteLossError, SettingError
 from pmnet.methods.base import IGNORE, Criterion, Method
 from pmnet.training.metrics import FewShotIoU, areas
 
@@ -45,10 +45,15 @@ class FewShotModule(L.LightningModule):
         class_ids: the classes that the test averages over.
         loss: loss of logits (B, 2, H, W) and masks (B, H, W) int64 with 255 = ignore.
         optimizer: builds the optimiser from the parameters that the method trains.
-        scheduler: builds the schedule from the optimiser; it steps after every epoch. None keeps the learning rate.
+        scheduler: builds the schedule from the optimiser. None keeps the learning rate. The value "steps" of an
+            argument becomes the number of training steps: `partial(PolynomialLR, total_iters="steps")`.
         record: plain values that describe the training; stored in checkpoints.
         val_class_ids: the classes that validation averages over; None uses `class_ids`.
         floors: name -> training-free method on the same backbone, tested on the same episodes as a baseline.
+        schedule_interval: "epoch" or "step": after what the schedule steps.
+
+    Raises:
+        SettingError: `schedule_interval` is neither.
 
     Example:
         >>> from functools import partial
@@ -65,14 +70,17 @@ class FewShotModule(L.LightningModule):
         class_ids: Sequence[int],
         loss: Criterion,
         optimizer: Callable[[Iterable[Any]], Optimizer],
-        scheduler: Callable[[Optimizer], Any] | None = None,
+        scheduler: Callable[..., Any] | None = None,
         record: dict[str, Any] | None = None,
         val_class_ids: Sequence[int] | None = None,
         floors: Mapping[str, Method] | None = None,
+        schedule_interval: str = "epoch",
     ) -> None:
         super().__init__()
+        if schedule_interval not in ("epoch", "step"):
+            raise SettingError(f"scheduler.interval must be one of epoch, step, not {schedule_interval}.")
         self.network, self.loss, self.record = network, loss, record or {}
-        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.make_optimizer, self.make_scheduler, self.schedule_interval = optimizer, scheduler, schedule_interval
         self.floors = dict(floors or {})  # a plain dict, no submodules: they share the backbone and have no weights
         self.val_iou = FewShotIoU(class_ids if val_class_ids is None else val_class_ids)
         self.test_iou = FewShotIoU(class_ids)
@@ -163,7 +171,19 @@ class FewShotModule(L.LightningModule):
         optimizer = self.make_optimizer(self.network.learned())
         if self.make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+        options: dict[str, Any] = getattr(self.make_scheduler, "keywords", {})
+        schedule = self.make_scheduler(optimizer, **{name: self.steps for name, v in options.items() if v == "steps"})
+        if self.schedule_interval == "epoch":
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the whole training. Raises SettingError if nothing limits it."""
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < float("inf"):
+            raise SettingError("A schedule over all steps needs their number: set trainer.max_epochs or max_steps.")
+        return int(steps)
 
     # A checkpoint contains the trained tensors and names the backbone they need.
 
