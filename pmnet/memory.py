@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
 
     By default, glibc returns every block over 32 MiB to the system as soon as it is freed. The system then has to clear
     and map each page of the next block when it is first written. An affinity has 21 million entries, so PMNet would
-    spend about half of its time waiting for the system (`benchmarks/README.md`). In return, the process never shrinks,
+    spend about half of its time waiting for the system (`docs/speed.md`). In return, the process never shrinks,
     and its peak memory is up to a quarter larger.
 
     Returns:

@@ -316,9 +316,10 @@ def tell_datasets_apart(jobs: Sequence[Job]) -> None:
 
 
 def classes_of(job: Job) -> frozenset[str]:
-    """Base and novel classes together, which are the same in every fold."""
+    """Base and novel classes and those left out together, which are the same in every fold."""
     episodes = job.record.get("episodes", {})
-    return frozenset([*episodes.get("base_classes", []), *episodes.get("novel_classes", [])])
+    left_out = [rare["class"] for split in episodes.get("classes_left_out", {}).values() for rare in split]
+    return frozenset([*episodes.get("base_classes", []), *episodes.get("novel_classes", []), *left_out])
 
 
 def from_wandb(paths: Sequence[str], folder: Path) -> Found:
