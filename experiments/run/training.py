@@ -31,12 +31,13 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     loggers = make_loggers(cfg, folder)  # first, so that W&B also shows a job that fails below
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     network, start = build(cfg, folder)
+    learns = cfg.mode == "train" and bool(network.learned())
     data: FewShotDataModule = instantiate(cfg.episodes)
     network.check_sides(data.image_size)
     network.check_shots(data.shot)
     if cfg.fold.index == "all" and data.same:
         log.warning("fold=all trains on every class, so the tested classes are not novel.")
-    data.setup("test" if cfg.mode == "test" else "fit")
+    data.setup("fit" if learns else "test")
     floors = {name: instantiate(floor, backbone=network.backbone) for name, floor in (cfg.floors or {}).items()}
     schedule = OmegaConf.to_container(cfg.scheduler, resolve=True) if cfg.scheduler else None
     interval = schedule.pop("interval", "epoch") if isinstance(schedule, dict) else "epoch"
@@ -46,7 +47,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         instantiate(cfg.loss),
         instantiate(cfg.optimizer),
         instantiate(schedule),
-        data.training_record if cfg.mode == "train" else {},
+        data.training_record if learns else {},
         data.val_class_ids,
         floors,
         interval,
@@ -56,10 +57,10 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         results.print_setting(cfg, data, network)
 
     clock, untrained = {"start": time.time()}, None
-    if cfg.mode == "train" and cfg.untrained:
+    if learns and cfg.untrained:
         untrained = test(trainer, module, data, None)
     tested = start
-    if cfg.mode == "train" and network.learned():
+    if learns:
         clock["fit"] = time.time()
         tested = train(cfg, folder, trainer, module, data)
     elif start and not start.released:
