@@ -1,5 +1,6 @@
 """Failing jobs: one message, failure.json, and an exit code other than 0."""
 
+import io
 import logging
 import os
 import signal
@@ -45,6 +46,7 @@ def explained(folder: Path) -> Iterator[Outcome]:
 
     The failure is written to `failure.json`. In a sweep it does not stop the other jobs.
     """
+    accept_any_character()
     if jobs.is_sweep_job() or "LOCAL_RANK" in os.environ:
         jobs.end_with_parent()
     if is_first():
@@ -82,6 +84,13 @@ def explained(folder: Path) -> Iterator[Outcome]:
         loggers.finish(code)
         if code:
             end_children()
+
+
+def accept_any_character() -> None:
+    """Shows `?` for a character that the output cannot show (ASCII, Latin-1), where Python would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def write_failure(folder: Path, error: str, trace: str | None = None) -> None:

@@ -276,6 +276,15 @@ def test_full_disk_keeps_the_checkpoint_before(trained: Path, tmp_path: Path) ->
     assert not list(folder.glob("*.part"))
 
 
+def test_output_that_shows_ascii_alone(tmp_path: Path) -> None:
+    """Tables and progress bars have other characters."""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run(*TINY, "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}", env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert "mIoU" in done.stdout
+
+
 def test_compiler_that_is_not_there(tmp_path: Path) -> None:
     places = {"CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     done = subprocess.run(
