@@ -96,10 +96,7 @@ def main() -> None:
     for number, (fault, seed) in enumerate(planned, start=1):
         outcome = in_thread(fault, seed, lab)
         outcomes.append(outcome)
-        state = outcome.skipped or "; ".join(outcome.wrong) or "ok"
-        where = "/".join(outcome.place)
-        line = f"{number:3} {fault.name} in {where}, {outcome.seconds:.1f} s, code {outcome.code}, seed {seed}: {state}"
-        console.print(escape(line), style="red" if outcome.wrong else "", highlight=False)
+        console.print(escape(f"{number:3} {outcome}"), style="red" if outcome.wrong else "", highlight=False)
         args.page.write_text(page(outcomes, args.seed))
     table = Table(*COLUMNS, title=f"{len(outcomes)} injections")
     for row in rows(outcomes):

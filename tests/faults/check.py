@@ -142,6 +142,11 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     skipped: str = ""
 
+    def __str__(self) -> str:
+        state = self.skipped or "; ".join(self.wrong) or "ok"
+        where = "/".join(self.place)
+        return f"{self.fault.name} in {where}, {self.seconds:.1f} s, code {self.code}, seed {self.seed}: {state}"
+
 
 def attempt(fault: Fault, seed: int, lab: Lab) -> Outcome:
     """Injects a fault at the moment that `seed` determines, and checks everything."""

@@ -9,10 +9,11 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -108,7 +109,8 @@ def pause(process: psutil.Process, seconds: float) -> None:
     """Frozen, and thawed later."""
     with suppress(psutil.NoSuchProcess):
         process.suspend()
-        threading.Timer(seconds, lambda: suppress(psutil.NoSuchProcess)(process.resume)()).start()
+        time.sleep(seconds)
+        process.resume()
 
 
 @fault("SIGSTOP, then SIGCONT", "train", "workers", "prepare")
@@ -253,7 +255,6 @@ for how in (flip, truncate):
     fault(f"{name} the entry of a shared training", "shared/start")(damage(how, "trainings/*.json", "whole"))
     fault(f"{name} the feature cache", "features/start")(damage(how, "features/*/*.safetensors", "interrupted"))
     fault(f"{name} the image cache", "images/start")(damage(how, "images/*.npy", "interrupted"))
-    fault(f"{name} an image", "train/training", "workers/test")(lambda case, how=how: of_image(case, how))
 
 
 @fault("lock files with bytes in them", "shared/start")
@@ -290,6 +291,11 @@ def of_image(case: Case, how: Callable[[Path, Case], None]) -> Steps:
     yield
     chosen.unlink(missing_ok=True)
     chosen.write_bytes(content)
+
+
+@fault("image truncated", "train/training", "workers/validation")
+def image_truncated(case: Case) -> Steps:
+    return of_image(case, truncate)
 
 
 @fault("image deleted", "train/training", "workers/training", "workers/validation", "train/test")
@@ -422,9 +428,6 @@ def wandb_refuses(case: Case) -> Steps:
 
 @fault("W&B: never answers", "train/start")
 def wandb_slow(case: Case) -> Steps:
-    import time
-    from http.server import BaseHTTPRequestHandler
-
     class Slow(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             time.sleep(120)
