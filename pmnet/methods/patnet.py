@@ -78,14 +78,14 @@ class PATNetHead(HSNetHead):
 
     def see(self, support_feats: Features, support_masks: Tensor) -> Any:
         """A `Seen`; arguments as in `Head.see`."""
-        prototypes = {m: [both_sides(f, support_masks) for f in support_feats[m]] for m in STAGES}
-        inverses = {m: [pseudo_inverse(p) for p in prototypes[m]] for m in STAGES}
-        coordinates = {
-            m: [in_coordinates(masked(f, support_masks), i) for f, i in zip(support_feats[m], inverses[m], strict=True)]
-            for m in STAGES
-        }
-        foreground = [p[..., 1, :] for p in prototypes[COMPARED]]
-        return Seen(inverses, coordinates, products(self.anchors, support_masks), foreground, support_masks)
+        with torch.autocast(support_masks.device.type, enabled=False):  # inverses need single precision
+            feats = {m: [exact(f) for f in support_feats[m]] for m in STAGES}
+            prototypes = {m: [both_sides(f, support_masks) for f in feats[m]] for m in STAGES}
+            inverses = {m: [pseudo_inverse(p) for p in prototypes[m]] for m in STAGES}
+            soft = {m: [masked(f, support_masks) for f in feats[m]] for m in STAGES}
+            coordinates = {m: [in_coordinates(*x) for x in zip(soft[m], inverses[m], strict=True)] for m in STAGES}
+            foreground = [p[..., 1, :] for p in prototypes[COMPARED]]
+            return Seen(inverses, coordinates, products(self.anchors, support_masks), foreground, support_masks)
 
     def see_query(self, query_feats: Features) -> Features:
         return query_feats
@@ -99,10 +99,12 @@ class PATNetHead(HSNetHead):
         transformed features."""
         of_query: Features = {}
         of_support: Features = {}
-        for m, product_N22 in support.products.items():
-            coordinates = [in_coordinates(f, i) for f, i in zip(query[m], support.to_coordinates[m], strict=True)]
-            of_query[m] = [multiplied(unit(a, product_N22), product_N22) for a in coordinates]
-            of_support[m] = [unit(a, product_N22) for a in support.coordinates[m]]
+        with torch.autocast(support.masks.device.type, enabled=False):
+            for m, product_N22 in support.products.items():
+                feature_inverse = zip(query[m], support.to_coordinates[m], strict=True)
+                coordinates = [in_coordinates(exact(f), inverse) for f, inverse in feature_inverse]
+                of_query[m] = [multiplied(unit(a, product_N22), product_N22) for a in coordinates]
+                of_support[m] = [unit(a, product_N22) for a in support.coordinates[m]]
         return of_query, of_support
 
     def answers(self, query_feats: Features, seen: Seen, size: tuple[int, int]) -> Tensor:
@@ -166,9 +168,9 @@ def both_sides(feature_BKChw: Tensor, masks_BKHW: Tensor) -> Tensor:
 
 def pseudo_inverse(prototypes_BK2C: Tensor) -> Tensor:
     """(B, K, C, 2), of the prototypes divided by their lengths. A zero prototype, of an empty mask, is left out."""
-    exact_BK2C = over_length(prototypes_BK2C.double())  # both prototypes of an image are nearly parallel
-    single = torch.finfo(torch.float32).eps * exact_BK2C.shape[-1]  # the cut-off of the authors' program
-    return torch.linalg.pinv(exact_BK2C, rtol=single).to(prototypes_BK2C.dtype)
+    unit_BK2C = over_length(prototypes_BK2C.double())  # both prototypes of an image are nearly parallel
+    single = torch.finfo(torch.float32).eps * unit_BK2C.shape[-1]  # the cut-off of the authors' program
+    return torch.linalg.pinv(unit_BK2C, rtol=single).to(prototypes_BK2C.dtype)
 
 
 def over_length(x: Tensor) -> Tensor:
@@ -217,8 +219,12 @@ def divergence(query: list[Tensor], foreground: list[Tensor], query_mask_BHW: Te
 
 
 def separate(b: int, x: Tensor) -> Tensor:
-    """Episode b alone, (1, ...): a copy that gradients can pass through, not of inference mode nor half precision."""
-    x = torch.clone(x[b : b + 1]).detach()
+    """A copy of episode b alone, (1, ...), that is not of inference mode, so that gradients can pass through it."""
+    return exact(torch.clone(x[b : b + 1]).detach())
+
+
+def exact(x: Tensor) -> Tensor:
+    """In single precision at least; whole numbers as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 

@@ -182,7 +182,8 @@ class Norm(nn.GroupNorm):
     """GroupNorm with channels last. PyTorch's own loses digits over a million positions in this layout on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = x.flatten(1, -2).unflatten(2, (self.num_groups, -1))
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        grouped = exact.flatten(1, -2).unflatten(2, (self.num_groups, -1))
         var, mean = torch.var_mean(grouped, dim=(1, 3), correction=0, keepdim=True)
         scale = torch.rsqrt(var + self.eps) * self.weight.view(self.num_groups, -1)
         shift = self.bias.view(self.num_groups, -1) - mean * scale
