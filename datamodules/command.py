@@ -40,12 +40,20 @@ def config(overrides: Sequence[str]) -> DictConfig:
     Args:
         overrides: Hydra overrides, such as `dataset=pascal` and `fold=0`.
 
+    Raises:
+        HydraException, OmegaConfBaseException: an override or a file of settings is wrong.
+
     Example:
         >>> config(["dataset=synthetic", "fold=2"]).fold.index
         2
     """
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", list(overrides))
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", list(overrides))
+    except Exception as error:  # broken YAML and odd overrides make Hydra raise anything
+        if isinstance(error, (HydraException, OmegaConfBaseException)) and str(error):
+            raise
+        raise HydraException(f"The settings cannot be read: {error or error.__cause__!r}") from error
 
 
 def load_test_episodes(cfg: DictConfig) -> tuple[FewShotDataset, Episodes]:

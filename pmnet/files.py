@@ -1,6 +1,7 @@
 """Reading files of tensors: nothing in them is executed, whatever they are."""
 
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 metadata = file.metadata() or {}
             content: Any = safetensors.torch.load_file(path)
         else:
+            check_size(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or malicious file makes the readers raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -33,6 +35,15 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds no weights: it must hold a dictionary of tensors.")
     return content, metadata
+
+
+def check_size(path: Path) -> None:
+    """Raises ValueError if a file that torch.save wrote would need more memory than its size: it never compresses."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            size = sum(entry.file_size for entry in file.infolist())
+        if size > path.stat().st_size:
+            raise ValueError(f"it is compressed, {size:,} bytes in {path.stat().st_size:,}")
 
 
 def file_hash(path: Path) -> str:

@@ -111,14 +111,30 @@ class Benchmark(FewShotDataset):
 
     def read_lists(self, folder: Path) -> Any:
         """Reads the lists from a folder, as plain values. Raises DatasetError if one is missing or invalid."""
-        return json.loads(self.list_text(folder / "test.json"))
+        path = folder / "test.json"
+        try:
+            lists = json.loads(self.list_text(path))
+        except (ValueError, RecursionError) as error:
+            raise self.invalid(path, error) from error
+        names = [lists.get(name) for name in self.classes] if isinstance(lists, dict) else [None]
+        if not all(
+            isinstance(n, list) and all(isinstance(image, str) and image.isprintable() for image in n) for n in names
+        ):
+            raise self.invalid(path, "it must hold the names of the images of each class")
+        return lists
 
     def list_text(self, path: Path) -> str:
-        """Text of a list file. Raises DatasetError if it does not exist."""
+        """Text of a list file. Raises DatasetError if it does not exist or is not text."""
         try:
             return path.read_text()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self.absent(path) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise self.invalid(path, error) from error
+
+    def invalid(self, path: Path, why: object) -> DatasetError:
+        """The error for a damaged list, with instructions."""
+        return DatasetError(f"{path} is not a list of {self.title} ({why}). {self.how_to_prepare()}")
 
     def absent(self, path: Path) -> DatasetError:
         """The error for a missing list or folder, with instructions."""
@@ -182,8 +198,9 @@ class Benchmark(FewShotDataset):
 
     def read_index(self, name: str) -> Tensor:
         path = self.mask_path(name)
-        index = np.array(decode(path))
-        known = index.ndim == 2 and index.dtype == np.uint8
+        mask = decode(path)
+        known = mask.mode in ("L", "P")  # one channel of 8 bits
+        index = np.array(mask) if known else np.zeros(0)
         if not known or ((index > len(self.classes)) & (index != IGNORE)).any():
             unknown = (index > len(self.classes)) & (index != IGNORE) if known else None
             what = "is not an index mask" if unknown is None else f"has the value {index[unknown][0]}"

@@ -46,7 +46,10 @@ CLASSES = (
     "refrigerator|book|clock|vase|scissors|teddy bear|hair drier|toothbrush"
 ).split("|")
 YEARS = {"trn": "train2014", "val": "val2014"}
+LARGEST_LISTS = 1 << 26  # characters; the published ones have 3 million
+LARGEST_SIDE = 1 << 12  # of an image; COCO's have up to 640 pixels
 PICKLES = [f"{part}/fold{fold}.pkl" for part in YEARS for fold in range(4)]
+Job = tuple[str, int, int, list[tuple[int, Any]]]  # file name, height, width, [(class id, segmentation), ...]
 
 
 class CocoDataset(Benchmark):
@@ -107,12 +110,15 @@ class CocoDataset(Benchmark):
             return merge({pickle: read_pickle(folder / pickle) for pickle in PICKLES})
         try:
             with gzip.open(path, "rt") as file:
-                lists = json.load(file)
+                lists = json.loads(file.read(LARGEST_LISTS))
+            lists = {part: {str(c): lists[part].get(str(c), []) for c in range(len(CLASSES))} for part in YEARS}
+            if not all(type(number) is int for part in lists.values() for n in part.values() for number in n):
+                raise ValueError("it must hold the numbers of the images of each class")
         except FileNotFoundError as error:
             raise self.absent(path) from error
-        except (OSError, EOFError, ValueError) as error:
-            raise DatasetError(f"{path} cannot be read ({error}). {self.how_to_prepare()}") from error
-        return {part: {str(c): lists[part].get(str(c), []) for c in range(len(CLASSES))} for part in YEARS}
+        except Exception as error:  # a damaged file can raise anything
+            raise self.invalid(path, error) from error
+        return lists
 
     def write_lists(self, lists: Any, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,19 +172,7 @@ def paint(annotations: Path, folder: Path) -> int:
     Raises:
         DatasetError: the file is not a COCO annotation file.
     """
-    try:
-        content = json.loads(annotations.read_bytes())
-        class_ids = {k["id"]: CLASSES.index(k["name"]) for k in content["categories"]}
-        of_image = defaultdict(list)
-        for a in content["annotations"]:
-            of_image[a["image_id"]].append((class_ids[a["category_id"]], a["segmentation"]))
-        jobs = [
-            (i["file_name"], i["height"], i["width"], of_image[i["id"]])
-            for i in content["images"]
-            if i["id"] in of_image
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{annotations} is not a COCO annotation file ({error!r}). Download it again.") from error
+    jobs = jobs_of(annotations)
     folder.mkdir(parents=True, exist_ok=True)
     chunks = [jobs[i : i + 200] for i in range(0, len(jobs), 200)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -187,17 +181,57 @@ def paint(annotations: Path, folder: Path) -> int:
     return len(jobs)
 
 
-def paint_images(folder: Path, jobs: Sequence[tuple[str, int, int, list[tuple[int, Any]]]]) -> None:
-    """Paints the masks of some images: (file name, height, width, [(class id, segmentation), ...]) each."""
+def jobs_of(annotations: Path) -> list[Job]:
+    """The annotated images in a file. Raises DatasetError if it is not a COCO annotation file."""
+    try:
+        content = json.loads(annotations.read_bytes())
+        class_ids = {k["id"]: CLASSES.index(k["name"]) for k in content["categories"]}
+        of_image = defaultdict(list)
+        for a in content["annotations"]:
+            of_image[a["image_id"]].append((class_ids[a["category_id"]], a["segmentation"]))
+        return [(i["file_name"], *size_of(i), of_image[i["id"]]) for i in content["images"] if i["id"] in of_image]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DatasetError(f"{annotations} is not a COCO annotation file ({error!r}). Download it again.") from error
+
+
+def size_of(image: dict[str, Any]) -> tuple[int, int]:
+    """Height and width that the annotations give for an image. Raises ValueError if no photo has such a size."""
+    height, width = image["height"], image["width"]
+    if not (type(height) is type(width) is int and 0 < height <= LARGEST_SIDE and 0 < width <= LARGEST_SIDE):
+        raise ValueError(f"{image['file_name']} has {height} x {width} pixels")
+    return height, width
+
+
+def paint_images(folder: Path, jobs: Sequence[Job]) -> None:
+    """Paints the masks of some images. Raises DatasetError if an annotation is invalid."""
     for file_name, height, width, segments in jobs:
         index = np.zeros((height, width), np.uint8)
-        for class_id, segmentation in segments:
-            if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
-                segmentation = rle.frPyObjects(segmentation, height, width)
-            elif isinstance(segmentation, list):
-                segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
-            index[rle.decode(segmentation) > 0] = class_id + 1
-        write_png(index, folder / f"{Path(file_name).stem}.png")
+        try:
+            path = folder / f"{Path(file_name).stem}.png"
+            for class_id, segmentation in segments:
+                index[outlined(segmentation, height, width)] = class_id + 1
+            write_png(index, path)
+        except Exception as error:  # a damaged file can make pycocotools raise anything
+            raise DatasetError(
+                f"The annotations of {file_name} cannot be painted ({error!r}). Download annotations_trainval2014.zip "
+                "again, and check free space and permissions."
+            ) from error
+
+
+def outlined(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Where an annotation is, (height, width) bool. Raises ValueError for what pycocotools would read beyond memory."""
+    if isinstance(segmentation, list):
+        if any(not np.all(np.abs(np.array(polygon, float)) <= 2 * LARGEST_SIDE) for polygon in segmentation):
+            raise ValueError("a polygon lies far outside the image")
+        packed = rle.merge(rle.frPyObjects(segmentation, height, width))
+    else:
+        if segmentation["size"] != [height, width]:
+            raise ValueError(f"a mask has the size {segmentation['size']}, the image {[height, width]}")
+        runs = segmentation["counts"]
+        if isinstance(runs, list) and (min(runs) < 0 or sum(runs) != height * width):
+            raise ValueError("the runs of a mask do not add up to the image")
+        packed = rle.frPyObjects(segmentation, height, width) if isinstance(runs, list) else segmentation
+    return rle.decode(packed) > 0
 
 
 def number_of(image: str) -> int:
@@ -216,8 +250,8 @@ def merge(pickles: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
     for path, content in pickles.items():
         try:
             for class_id, images in content.items():
-                lists[path.split("/")[0]][str(int(class_id))] = [number_of(image) for image in images]
-        except (AttributeError, ValueError, TypeError, KeyError) as error:
+                lists[path.split("/")[0]][str(range(len(CLASSES))[class_id])] = [number_of(image) for image in images]
+        except (AttributeError, ValueError, TypeError, LookupError) as error:
             raise DatasetError(
                 f"{path} is not a list of COCO-20i, {{class id: [image, ...]}} ({error!r}). Download it again."
             ) from error

@@ -27,7 +27,7 @@ from datamodules.benchmarks.base import Areas, Benchmark, stems, write_png
 from datamodules.errors import DatasetError
 from datamodules.prepare.source import Source
 from datamodules.progress import track
-from pmnet.segment.images import decode
+from pmnet.segment.images import decode, rgb_array
 
 GRID = 6
 SMALLEST_SHARE = 0.048
@@ -105,7 +105,7 @@ def cut(ready: Path, number: str, mask_path: Path) -> int:
         ImageError: a file cannot be read.
     """
     image_path = mask_path.with_name(f"{number}_sat.jpg")
-    image, index = np.array(decode(image_path).convert("RGB")), index_of(mask_path)
+    image, index = rgb_array(decode(image_path)), index_of(mask_path)
     if image.shape[:2] != index.shape:
         raise DatasetError(
             f"{image_path} and {mask_path} differ in size: {image.shape[:2]} and {index.shape}. Download them again."
@@ -127,14 +127,14 @@ def cut(ready: Path, number: str, mask_path: Path) -> int:
 
 def index_of(path: Path) -> np.ndarray:
     """Reads a coloured mask: (H, W) uint8, class id + 1, 0 = unknown land. Raises DatasetError for any other colour."""
-    rgb = np.array(decode(path).convert("RGB")).astype(np.int16)
+    rgb = rgb_array(decode(path))
     high = rgb >= 128
-    code = high @ np.array([4, 2, 1])
+    code = high @ np.array([4, 2, 1], np.uint8)
     place = np.full(8, 255, np.uint8)
     for value, colour in enumerate(COLOURS.values()):
         place[(np.array(colour) >= 128) @ np.array([4, 2, 1])] = value
     index = place[code]
-    strange = (index == 255) | (np.abs(rgb - 255 * high).max(axis=2) > TOLERANCE)
+    strange = (index == 255) | (np.where(high, 255 - rgb, rgb).max(axis=2) > TOLERANCE)
     if strange.any():
         y, x = np.argwhere(strange)[0]
         raise DatasetError(

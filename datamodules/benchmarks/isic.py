@@ -84,9 +84,13 @@ class ISICDataset(Benchmark):
         return {image.encode(): c for c, names in enumerate(self.by_class) for image in names}
 
     def read_lists(self, folder: Path) -> Any:
-        rows = list(csv.reader(self.list_text(folder / "class_id.csv").splitlines()))
+        path = folder / "class_id.csv"
+        try:
+            rows = list(csv.reader(self.list_text(path).splitlines()))
+        except csv.Error as error:
+            raise self.invalid(path, error) from error
         if not rows or any(len(row) != 2 for row in rows):
-            raise DatasetError(f"{folder / 'class_id.csv'} is not a table of ID,Class. Download it again.")
+            raise DatasetError(f"{path} is not a table of ID,Class. Download it again.")
         return rows[1:]
 
     def write_lists(self, lists: Any, folder: Path) -> None:

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 from datamodules.benchmarks.base import MIN_AREA, Areas, Benchmark, stems, write_png
 from datamodules.episodes.dataset import FewShotDataset, Fold, Split
@@ -30,6 +28,7 @@ from datamodules.episodes.sampler import Draw, Names, draw_listed
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
 from datamodules.prepare.lists import hsnet
+from datamodules.prepare.matlab import fields, numbers, variables
 from datamodules.prepare.source import Source, place_all, visible
 from datamodules.progress import track
 
@@ -120,7 +119,7 @@ class PascalDataset(Benchmark):
 
         def parse(line: str) -> tuple[str, int]:
             image, _, number = line.rpartition("__")
-            if not image or not number.isdigit() or not 1 <= int(number) <= len(self.classes):
+            if not image or not (number.isdecimal() and len(number) < 3) or not 1 <= int(number) <= len(self.classes):
                 raise DatasetError(
                     f"'{line}' in a list of {self.title} ({self.list_folder}) is not IMAGE__CC with CC from 01 to 20. "
                     "Download the lists again."
@@ -202,6 +201,11 @@ class PascalDataset(Benchmark):
 def sbd_mask(path: Path) -> np.ndarray:
     """Reads a mask of SBD: (H, W) uint8, class id + 1, 0 = background; SBD has no ignored pixels."""
     try:
-        return loadmat(path)["GTcls"]["Segmentation"][0, 0].astype(np.uint8)
-    except (ValueError, KeyError, IndexError, OSError, TypeError, MatReadError) as error:
-        raise DatasetError(f"{path} is not an SBD mask ({error}). Download SBD again.") from error
+        index = numbers(fields(variables(path.read_bytes())["GTcls"])["Segmentation"])
+        if index.ndim != 2 or index.size == 0 or not np.isin(index, range(len(CLASSES) + 1)).all():
+            raise ValueError("it is not a matrix of the values 0 to 20")
+        return index.astype(np.uint8)
+    except Exception as error:  # a damaged file can raise anything
+        raise DatasetError(
+            f"{path} is not an SBD mask ({error or type(error).__name__}). Download SBD again."
+        ) from error

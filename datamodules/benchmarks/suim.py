@@ -21,7 +21,7 @@ from torch import Tensor
 from datamodules.benchmarks.base import Benchmark, stems
 from datamodules.errors import DatasetError
 from datamodules.prepare.source import Source, place_all
-from pmnet.segment.images import decode
+from pmnet.segment.images import decode, rgb_array
 
 # Class id in bits: red, green, blue
 CLASSES = "background|divers|plants|wrecks|robots|reefs|fish|sea-floor".split("|")
@@ -52,8 +52,8 @@ class SUIMDataset(Benchmark):
         return stems(self.root / "masks", ".bmp")
 
     def read_index(self, name: str) -> Tensor:
-        rgb = np.array(decode(self.mask_path(name)).convert("RGB"))
-        return torch.from_numpy(((rgb >= 128) @ np.array([4, 2, 1]) + 1).astype(np.uint8))
+        rgb = rgb_array(decode(self.mask_path(name)))
+        return torch.from_numpy((rgb >= 128) @ np.array([4, 2, 1], np.uint8) + 1)
 
     @classmethod
     def fill(cls, source: Source, ready: Path) -> list[str]:

@@ -54,7 +54,7 @@ def fetch(download: Download, folder: Path) -> Path:
         return path
     try:
         receive(download.url, part)
-    except (requests.RequestException, OSError) as error:
+    except (requests.RequestException, OSError, ValueError) as error:  # ValueError: headers that make no sense
         kept = f" Run the same command again to resume after {part.stat().st_size:,} bytes." if part.exists() else ""
         raise DatasetError(
             f"{download.url} cannot be downloaded ({error}).{kept} Or download it by hand; use --source or --splits."

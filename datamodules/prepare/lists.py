@@ -1,6 +1,8 @@
 """Published split lists: their addresses, and a safe reader for pickled lists."""
 
+import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,12 @@ def read_pickle(path: Path) -> Any:
         DatasetError: the file is damaged, or holds anything but containers, strings and numbers.
     """
     try:
-        with path.open("rb") as file:
-            return PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, OSError) as error:
+        content = path.read_bytes()
+        for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
+            if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
+                raise pickle.UnpicklingError("it asks for more memory than its content needs")
+        return PlainUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a damaged or malicious file can raise anything
         raise DatasetError(
             f"{path} cannot be loaded: {error or type(error).__name__}. It is damaged, or not a list of plain values. "
             "Do not trust it; download it again."

@@ -186,7 +186,7 @@ def check(kind: type[Benchmark], ready: Path) -> dict[str, Any]:
         digests = (ready / DIGESTS).read_text()
         whole = hashlib.sha256(digests.encode()).hexdigest() == manifest["files"]["sha256"]
         prepared_as = (manifest["dataset"], manifest["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(
             f"{ready.absolute()} has no manifest of a prepared folder ({error!r}). Move the folder away, then "
             "prepare it again."
@@ -196,7 +196,8 @@ def check(kind: type[Benchmark], ready: Path) -> dict[str, Any]:
             f"{ready.absolute()} was prepared as {prepared_as[0]}, version {prepared_as[1]}, but this program needs "
             f"{kind.name}, version {VERSION}. Move the folder away, then prepare it again."
         )
-    kept = {path: digest for digest, path in (line.split("  ", 1) for line in digests.splitlines())} if whole else {}
+    lines = digests.splitlines() if whole else []
+    kept = {path: digest for digest, _, path in (line.partition("  ") for line in lines)}
     now = digests_of(ready)
     wrong = dict.fromkeys(kept.keys() - now.keys(), "is missing") | dict.fromkeys(now.keys() - kept.keys(), "was added")
     wrong |= {p: "was changed" for p in kept.keys() & now.keys() if kept[p] != now[p]}

@@ -9,7 +9,6 @@ import os
 import shutil
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -20,7 +19,14 @@ from datamodules.errors import DatasetError
 from datamodules.progress import track
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError)
+HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+LONGEST_HEADER = 1 << 20  # bytes of the name and the attributes of one file in a tar archive
 
 
 class Source:
@@ -151,7 +157,9 @@ def archive_errors(archive: Path) -> Iterator[None]:
     """Turns any error while unpacking into one DatasetError that names the archive."""
     try:
         yield
-    except BROKEN as error:
+    except DatasetError:
+        raise
+    except Exception as error:  # a damaged or malicious archive can raise anything
         if isinstance(error, OSError) and error.errno is not None:  # the disk failed, not the archive
             raise DatasetError(
                 f"{archive} cannot be unpacked: {error}. Check free space and permissions, then run the command again."
@@ -163,25 +171,48 @@ def archive_errors(archive: Path) -> Iterator[None]:
 
 def unzip(archive: Path, wanted: Sequence[str], folder: Path) -> None:
     with zipfile.ZipFile(archive) as file:
-        for name in select(archive, file.namelist(), wanted):
+        names = select(archive, file.namelist(), wanted)
+        check_room(archive, sum(file.getinfo(name).file_size for name in names), folder)
+        for name in track(names, f"Unpacking {archive.name}"):
             if not name.endswith("/"):
                 file.extract(name, folder)
 
 
 def untar(archive: Path, wanted: Sequence[str], folder: Path) -> None:
-    with tarfile.open(archive) as file:  # one pass: a compressed tar cannot be read out of order
+    with tarfile.open(archive, tarinfo=Header) as file:  # one pass: a compressed tar cannot be read out of order
         for member in track(file, f"Unpacking {archive.name}", total=None):
             check_inside(archive, member.name)
-            if member.isfile() and is_wanted(member.name, wanted):
+            if member.isfile() and not member.issparse() and is_wanted(member.name, wanted):
+                check_room(archive, member.size, folder)
                 file.extract(member, folder, filter="data")
 
 
-def select(archive: Path, names: Sequence[str], wanted: Sequence[str]) -> Iterable[str]:
+class Header(tarfile.TarInfo):
+    """A header in a tar archive. It refuses gigabytes of attributes, which tarfile would read into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in HEADERS and header.size > LONGEST_HEADER:
+            raise tarfile.HeaderError(f"a header of {header.size:,} bytes")
+        return header
+
+
+def check_room(archive: Path, size: int, folder: Path) -> None:
+    """Raises DatasetError if the disk is too small for what an archive says it holds."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DatasetError(
+            f"{archive} holds {size / 1e9:,.1f} GB to unpack, but the disk of {folder.parent} has {free / 1e9:,.1f} GB "
+            "free. Free some space, and check that the archive is the published one."
+        )
+
+
+def select(archive: Path, names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """The wanted names of an archive. Raises DatasetError if any name points outside the folder."""
     for name in names:
         check_inside(archive, name)
-    good = [name for name in names if is_wanted(name, wanted)]
-    return track(good, f"Unpacking {archive.name}")
+    return [name for name in names if is_wanted(name, wanted)]
 
 
 def is_wanted(name: str, wanted: Sequence[str]) -> bool:

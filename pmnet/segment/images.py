@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pmnet.errors import ImageError
+
+MAX_PIXELS = 120_000_000  # of an image; reading one takes 8 bytes of memory per pixel
+STRIP = 512  # rows converted at a time
 
 
 def load_image(path: Path, turn: bool = True) -> Tensor:
@@ -26,16 +29,31 @@ def load_image(path: Path, turn: bool = True) -> Tensor:
         ImageError: the file is missing or cannot be read.
     """
     image = decode(path)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip, not scale
-    array = np.array((ImageOps.exif_transpose(image) if turn else image).convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1)
+    with one_error(path):
+        if image.mode.startswith("I;16") or image.mode == "I":
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip, not scale
+        if turn:
+            ImageOps.exif_transpose(image, in_place=True)
+        return torch.from_numpy(rgb_array(image)).permute(2, 0, 1)
+
+
+def rgb_array(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an image of any mode; in strips, as Pillow copies what it converts three times."""
+    array = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height)))
+        array[top : top + STRIP] = np.asarray(strip.convert("RGB"))
+    return array
 
 
 def decode(path: Path) -> Image.Image:
     """Reads and decodes a whole image file. Raises ImageError where it is missing or broken."""
     with one_error(path):
         image = Image.open(path)
+        if image.format == "EPS":
+            raise OSError("EPS is not supported: it is a program, which Ghostscript would run")
+        if image.width * image.height > MAX_PIXELS:
+            raise OSError(f"it has more than {MAX_PIXELS / 1e6:.0f} megapixels: cut it into tiles")
         image.load()
         return image
 
@@ -53,7 +71,7 @@ def one_error(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ImageError(f"No such image: {path}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can make a decoder raise anything
         raise ImageError(
             f"{path} cannot be read ({str(error) or type(error).__name__}). It may be truncated, or not an image. "
             "Replace or remove it."
