@@ -1,4 +1,10 @@
-"""Labelled pixels of the base classes for pretraining a backbone. Pixels of novel classes are painted over."""
+"""Labelled pixels of the base classes, for training without episodes.
+
+`PixelDataModule` pretrains a backbone: pixels of novel classes are painted over. `LabelledDataModule` trains a method,
+such as RePRI: pixels of novel classes are only ignored; validation and test are episodes.
+"""
+
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -10,8 +16,10 @@ from torchvision.transforms import v2
 from datamodules.episodes.dataset import FewShotDataset, Fold
 from datamodules.episodes.episode import IGNORE
 from datamodules.episodes.loader import TrainingLoader, ignore_sigterm
+from datamodules.episodes.module import FewShotDataModule
 from datamodules.episodes.sampler import EpochSampler, shuffled
 from datamodules.errors import DatasetError
+from pmnet.segment.images import resize_image, resize_mask
 
 GREY = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)  # ImageNet's mean: zero once normalised
 
@@ -49,7 +57,7 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
         if len(dataset.classes) >= IGNORE:
             raise DatasetError(
                 f"A mask of {dataset.name} shows only one class, so novel pixels cannot be found and painted over. "
-                "Set another dataset for mode=pretrain."
+                "Set another dataset."
             )
         images = dataset.images(self.base, "train", 0)
         self.names = sorted({name for names in images.values() for name in names})
@@ -74,24 +82,31 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
             The (3, H, W) uint8 image, and its (H, W) uint8 mask: i + 1 = i-th base class, 0 = none, 255 = ignore.
         """
         epoch, index = key
-        round_, place = divmod(index, len(self))
-        name = self.names[shuffled(self.seed, epoch, round_, len(self))[place]]
-        image, mask = self.without_novel(name)
+        image, mask = self.without_novel(self.name_of(epoch, index))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
             image, mask = self.augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
+    def name_of(self, epoch: int, index: int) -> str:
+        """The name of an image in the random order of an epoch."""
+        round_, place = divmod(index, len(self))
+        return self.names[shuffled(self.seed, epoch, round_, len(self))[place]]
+
     def without_novel(self, name: str) -> tuple[Tensor, Tensor]:
         """The image with novel classes painted grey, and its mask of renumbered base classes, in original size."""
         image, index = self.dataset.read_image(name), self.dataset.read_index(name)
+        mask = self.renumbered(index)
+        novel = (mask == IGNORE) & (index != IGNORE)
+        return torch.where(novel, GREY, image), mask
+
+    def renumbered(self, index: Tensor) -> Tensor:
+        """An index mask in which the i-th base class is i + 1 and every novel class is 255."""
         place = torch.full((256,), IGNORE, dtype=torch.uint8)
         place[0] = 0
         for i, class_id in enumerate(self.base, start=1):
             place[class_id + 1] = i
-        mask = place[index.long()]
-        novel = (mask == IGNORE) & (index != IGNORE)
-        return torch.where(novel, GREY, image), mask
+        return place[index.long()]
 
 
 class PixelDataModule(L.LightningDataModule):
@@ -110,17 +125,95 @@ class PixelDataModule(L.LightningDataModule):
         self.length = -(-images_per_epoch // batch_size) * batch_size
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        process, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if self.batch_size % processes:
-            raise DatasetError(f"pretrain.batch_size={self.batch_size} is not divisible by {processes} processes.")
-        sampler = EpochSampler(self.length, self.batch_size, process, processes)
-        if self.trainer:
-            sampler.set_epoch(self.trainer.current_epoch)  # workers prefetch before the Trainer calls set_epoch
-        return TrainingLoader(
-            self.pixels,
-            batch_size=self.batch_size // processes,
-            sampler=sampler,
-            num_workers=self.workers,
-            worker_init_fn=ignore_sigterm,
-            persistent_workers=self.workers > 0,
-        )
+        return loader(self.pixels, self.length, self.batch_size, self.workers, self.trainer, "pretrain.batch_size")
+
+
+# For a method
+
+
+class Labelled(NamedTuple):
+    """A batch of B images, or one image without the axis B.
+
+    Attributes:
+        images: (B, 3, H, W) uint8.
+        labels: (B, H, W) uint8; i + 1 = i-th base class, 0 = none, 255 = ignore.
+        spec: their names.
+    """
+
+    images: Tensor
+    labels: Tensor
+    spec: list[str]
+
+
+class LabelledImages(BasePixels):
+    """Whole images of a fold's base classes, resized, with flips. Pixels of novel classes are 255 in the mask.
+
+    Args:
+        dataset: the dataset to train on.
+        fold: the fold whose novel classes are ignored.
+        size: (H, W) of the tensors.
+        seed: seed of the order and of the flips.
+    """
+
+    def __init__(self, dataset: FewShotDataset, fold: Fold, size: tuple[int, int], seed: int) -> None:
+        super().__init__(dataset, fold, size, 1.0, seed)
+        self.size = size
+        self.augment = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+
+    def __getitem__(self, key: tuple[int, int]) -> Labelled:  # type: ignore[override]
+        """Reads one image, see `BasePixels`."""
+        return Labelled(*super().__getitem__(key), self.name_of(*key))  # type: ignore[arg-type]  # lists in batches
+
+    def without_novel(self, name: str) -> tuple[Tensor, Tensor]:
+        """The resized image, and its mask in which novel classes are 255."""
+        mask = self.renumbered(self.dataset.read_index(name))
+        return resize_image(self.dataset.read_image(name), self.size), resize_mask(mask, self.size)
+
+
+class LabelledDataModule(FewShotDataModule):
+    """Supplies batches of type `Labelled` for training, and episodes for validation and test.
+
+    Arguments as those of `FewShotDataModule`; `batch_size` and `per_epoch` count images.
+
+    Example:
+        >>> from datamodules.own.synthetic import SyntheticDataset
+        >>> data = LabelledDataModule(
+        ...     SyntheticDataset(size=64, images_per_class=5, seed=0), fold=0, shot=2, train_shot=1, image_size=64,
+        ...     batch_size=4, test_batch_size=3, per_epoch=8, val=6, test=6, novel_pixels="ignore", workers=0, seed=0,
+        ... )
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.images.shape, batch.labels.shape, len(batch.spec)
+        (torch.Size([4, 3, 64, 64]), torch.Size([4, 64, 64]), 4)
+    """
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        images = LabelledImages(self.dataset, self.fold, self.image_size, self.seed)
+        length = -(-(self.per_epoch or len(images)) // self.batch_size) * self.batch_size
+        return loader(images, length, self.batch_size, self.workers, self.trainer, "episodes.batch_size")
+
+    @property
+    def training_record(self) -> dict[str, object]:
+        return super().training_record | {
+            "batches_of": "labelled images, novel pixels ignored",
+            "novel_pixels": "ignore",
+        }
+
+
+def loader(
+    pixels: BasePixels, length: int, batch_size: int, workers: int, trainer: L.Trainer | None, option: str
+) -> DataLoader[Any]:
+    """Batches of an epoch of `length` images; `option` names the setting of `batch_size` in a message."""
+    process, processes = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+    if batch_size % processes:
+        raise DatasetError(f"{option}={batch_size} is not divisible by {processes} processes.")
+    sampler = EpochSampler(length, batch_size, process, processes)
+    if trainer:
+        sampler.set_epoch(trainer.current_epoch)  # workers prefetch before the Trainer calls set_epoch
+    return TrainingLoader(
+        pixels,
+        batch_size=batch_size // processes,
+        sampler=sampler,
+        num_workers=workers,
+        worker_init_fn=ignore_sigterm,
+        persistent_workers=workers > 0,
+    )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pmnet.backbones import Backbone, Features
 from pmnet.errors import SettingError
-from pmnet.methods.base import Criterion, Head, Method, resize, scored, size_of
+from pmnet.methods.base import IGNORE, Criterion, Head, Method, resize, scored, size_of
 from pmnet.methods.pfenet import flat
 from pmnet.methods.release import filled, inputs, of_head
 
@@ -144,14 +144,28 @@ class RePRI(Method):
             images: (N, 3, H, W), as those of `forward`.
             labels: (N, H, W): i + 1 = i-th base class, 0 = background, 255 = ignore (novel classes, padding).
         """
+        classes = self.head.classifier.out_channels
+        highest = int(labels.masked_fill(labels == IGNORE, 0).max())
+        if highest >= classes:
+            raise SettingError(
+                f"There are labels up to {highest}, but model.base_classes={classes - 1}: set {highest}."
+            )
         logits = self.head.classify(self.backbone_pass(images, self.query_reads), size_of(labels))
         spread = self.label_smoothing * logits.shape[1] / (logits.shape[1] - 1)  # PyTorch's share is for all classes
         return scored(nn.CrossEntropyLoss(ignore_index=255, label_smoothing=spread), logits, labels)
 
-    def loss(self, episode: Any, criterion: Criterion) -> Tensor:
-        raise SettingError(
-            "RePRI does not train on episodes: it learns the base classes of labelled images, by `base_loss`."
-        )
+    def loss(self, batch: Any, criterion: Criterion) -> Tensor:
+        """`base_loss` of a batch with "images" and "labels"; the criterion is not used.
+
+        Raises:
+            SettingError: the batch is one of episodes, or has more classes than `base_classes`.
+        """
+        if not hasattr(batch, "labels"):
+            raise SettingError(
+                "RePRI does not train on episodes, but on labelled images of the base classes: set "
+                "episodes._target_=datamodules.episodes.pixels.LabelledDataModule."
+            )
+        return self.base_loss(batch.images, batch.labels)
 
 
 # The tuning

@@ -100,19 +100,27 @@ class FewShotModule(L.LightningModule):
         """
         loss = self.network.loss(batch, self.loss)
         if not torch.isfinite(loss):
-            alone = [self.network.loss(part(batch, i), self.loss).isfinite() for i in range(len(batch.spec))]
-            self.refuse([spec for spec, good in zip(batch.spec, alone, strict=True) if not good] or batch.spec)
+            self.refuse(batch.spec if isinstance(batch, tuple) else self.bad(batch) or batch.spec)
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch.spec))
         return loss
 
+    def bad(self, batch: "Episode") -> list[Any]:
+        """The episodes of a batch whose own loss is not finite."""
+        alone = [self.network.loss(part(batch, i), self.loss).isfinite() for i in range(len(batch.spec))]
+        return [spec for spec, good in zip(batch.spec, alone, strict=True) if not good]
+
     def refuse(self, specs: list[Any]) -> None:
-        """Raises NonFiniteLossError with the names of the episodes' images."""
-        episodes = "; ".join(f"query {s.query}, supports {', '.join(s.supports)}, class {s.class_id}" for s in specs)
+        """Raises NonFiniteLossError with the names of the episodes' images, or of the labelled images."""
+
+        def named(s: Any) -> str:
+            return s if isinstance(s, str) else f"query {s.query}, supports {', '.join(s.supports)}, class {s.class_id}"
+
+        kind = "Images" if isinstance(specs[0], str) else "Episodes"
         raise NonFiniteLossError(
             f"The loss is NaN or infinite in epoch {self.trainer.current_epoch}, step {self.trainer.global_step}. "
-            f"Episodes: {episodes}. The last checkpoint was saved before that. Check these images, lower "
-            "the learning rate (optimizer.lr), or set trainer.precision=32-true."
+            f"{kind}: {'; '.join(map(named, specs))}. The last checkpoint was saved before that. Check these images, "
+            "lower the learning rate (optimizer.lr), or set trainer.precision=32-true."
         )
 
     def validation_step(self, batch: "Episode", batch_index: int) -> None:

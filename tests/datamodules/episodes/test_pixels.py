@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.episodes.pixels import GREY, BasePixels, PixelDataModule
+from datamodules.episodes.pixels import GREY, BasePixels, LabelledImages, PixelDataModule
 from datamodules.own.folder import FolderDataset
 from tests.data.folder import write_indexed
 
@@ -158,3 +158,32 @@ def test_batches_of_two_processes_together_are_those_of_one(folder, workers):
     assert len(alone) == 3
     for batch, *parts in zip(alone, *shares, strict=True):
         assert same(batch, [torch.cat(halves) for halves in zip(*parts, strict=True)])
+
+
+# Labelled images
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_labelled_images_are_whole_and_novel_pixels_are_ignored(folder, fold):
+    """One of the four flips of the resized image and mask, with base classes renumbered and novel ones 255."""
+    data = read(folder)
+    images, flips, novel_pixels = LabelledImages(data, fold, SIZE, seed=0), set(), 0
+    place = {0: 0, 255: 255} | {c + 1: 255 for c in data.novel_classes(fold)}
+    place |= {c + 1: i + 1 for i, c in enumerate(data.base_classes(fold))}
+    for key in KEYS:
+        image, labels, name = images[key]
+        whole, index = data.read_image(name), data.read_index(name)
+        small = Image.fromarray(whole.permute(1, 2, 0).numpy()).resize(SIZE[::-1], Image.Resampling.BILINEAR)
+        rows, columns = ([i * old // new for i in range(new)] for old, new in zip(index.shape, SIZE, strict=True))
+        expected = np.array([[place[int(index[r, c])] for c in columns] for r in rows])
+        found = [
+            f
+            for f in ((), (0,), (1,), (0, 1))
+            if np.array_equal(np.flip(expected, f), labels.numpy())
+            and np.abs(np.flip(np.array(small), f).astype(int) - image.permute(1, 2, 0).numpy()).max() <= 1
+        ]
+        assert found
+        flips.add(found[0])
+        novel_pixels += (expected == 255).sum()
+    assert novel_pixels > 100
+    assert len(flips) == 4
