@@ -71,7 +71,7 @@ class FolderDataset(FewShotDataset):
     ) -> None:
         if root is None:
             raise DatasetError(
-                "No data chosen. Set dataset.root=/path/to/folder to use your own images (see docs/own-images.md for the "
+                "No data chosen. Set dataset.root=/path/to/folder to use your own images (docs/own-images.md shows the "
                 "layouts), or try `python run.py experiment=quickstart`, which needs no data."
             )
         self.root = Path(root).expanduser()
