@@ -28,6 +28,12 @@ bench: install  ## speed beside the bare backbone and a plain implementation; im
 faults: install  ## breaks real runs at random moments (TRIES=300) and writes docs/reliability.md; about 20 seconds a try
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --tries $(or $(TRIES),300)
 
+fuzz: install  ## feeds INPUTS=10000 damaged files and settings to everything that reads them; some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),10000)
+
+audit: install  ## known vulnerabilities of the tested versions, where the database can be reached
+	@$(BIN)/python .ci/audit
+
 docs: install  ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "To read it: $(BIN)/python -m http.server -d site, then http://localhost:8000"
@@ -37,4 +43,4 @@ check: install  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: install run test quick bench faults docs check
+.PHONY: install run test quick bench faults fuzz audit docs check
