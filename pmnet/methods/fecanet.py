@@ -102,11 +102,12 @@ class FECANetHead(VotingHead):
     def see_query(self, query_feats: Features) -> Query:
         """
         Args:
-            query_feats: "history_mask", if there is one, is a list of one (B, 2, h', w').
+            query_feats: "history_mask", if there is one, is (B, 2, h', w'), or a list of one.
         """
         stages = {m: F.relu(query_feats[m][-1]) for m in STAGES}
         none = stages["layer2"].new_zeros(len(stages["layer2"]), 2, 1, 1)
-        (history,) = query_feats.get(HISTORY, [none])
+        given: Any = query_feats.get(HISTORY, none)
+        history = given if isinstance(given, Tensor) else given[0]
         return Query(units(query_feats), stages if self.fem else self.contexts(stages), history.to(none.dtype))
 
     def contexts(self, stages: dict[str, Tensor]) -> dict[str, Tensor]:

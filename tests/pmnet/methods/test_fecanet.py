@@ -145,6 +145,7 @@ def test_several_shots_vote_as_published(fem):
     logits = [alone(k) for k in range(3)]
     first = part(support, slice(None), slice(0, 1)), masks[:, :1]
     torch.testing.assert_close(head(remembered, *first), logits[0])
+    torch.testing.assert_close(head({**query, "history_mask": history}, *first), logits[0])
     without = plain_network(head, query, part(support, slice(None), 0), masks[:, 0].double())
     torch.testing.assert_close(head(query, *first), without)
     assert (without - logits[0]).abs().max() > 1e-4
