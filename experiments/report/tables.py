@@ -161,7 +161,7 @@ def benchmarks(jobs: Sequence[Job]) -> list[Benchmark]:
         notes: list[str] = []
         series = rows_of(members, notes)
         shots = sorted({shot for s in series for shot, _ in s.runs})
-        like = {"task": task, "dataset": dataset, "target": target, "backbone": backbone}
+        like = {"task": task, "dataset": dataset, "target": target, "backbone": in_paper(backbone)}
         printed = [e for e in published() if like.items() <= e.items() and e["shot"] in shots]
         folds = folds_of(members, printed)
         if len(folds) > 1 and not any("folds" in known for known in [*printed, *(job.setting for job in members)]):
@@ -170,6 +170,11 @@ def benchmarks(jobs: Sequence[Job]) -> list[Benchmark]:
         result.append(Benchmark(task, dataset, target, backbone, series, baselines, printed, shots, folds, notes))
         notes += [note for s in series for shot in shots for note in seeds_left_out(s, shot, result[-1].cut)]
     return result
+
+
+def in_paper(backbone: str) -> str:
+    """The paper's name of a choice of conf/backbone: its ResNets are also those with another stem or dilation."""
+    return re.sub(r"^(resnet50|resnet101)(s|s?_.+)$", r"\1", backbone)
 
 
 def baselines_of(series: Sequence[Series], notes: list[str]) -> list[Series]:

@@ -5,10 +5,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from datamodules.prepare.ready import prepare
-from experiments.report.tables import PUBLISHED, same_name
+from experiments.report.tables import PUBLISHED, in_paper, same_name
 from pmnet.methods import all_methods
 from tests.conftest import ROOT, results, run
 from tests.data import fss
@@ -127,3 +128,15 @@ def test_every_published_row_of_a_method_here_is_an_experiment():
             place = {1: f"{e['dataset']}_{e['backbone']}", 2: e["backbone"], 3: e["target"]}.get(e["table"])
             expected.add("_".join(filter(None, [f"table{e['table']}", place, model])))
     assert expected == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_is_compared_with_the_published_one(name):
+    """The setting of the experiment is one of the published entries, under the paper's name of its backbone."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
+    choices = cfg.hydra.runtime.choices
+    setting = {"task": cfg.task.name, "dataset": choices.dataset, "target": choices.get("target") or choices.dataset}
+    setting |= {"backbone": in_paper(choices.backbone)}
+    method = cfg.model._target_.split(".")[-1]
+    assert [e for e in published() if setting.items() <= e.items() and same_name(e["method"], method)]
