@@ -26,6 +26,7 @@ HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+MOST_FILES = 150_000  # in an archive; the largest published one has 82,783
 LONGEST_HEADER = 1 << 20  # bytes of the name and the attributes of one file in a tar archive
 
 
@@ -171,6 +172,7 @@ def archive_errors(archive: Path) -> Iterator[None]:
 
 def unzip(archive: Path, wanted: Sequence[str], folder: Path) -> None:
     with zipfile.ZipFile(archive) as file:
+        check_count(archive, len(file.namelist()))
         names = select(archive, file.namelist(), wanted)
         check_room(archive, sum(file.getinfo(name).file_size for name in names), folder)
         for name in track(names, f"Unpacking {archive.name}"):
@@ -180,7 +182,8 @@ def unzip(archive: Path, wanted: Sequence[str], folder: Path) -> None:
 
 def untar(archive: Path, wanted: Sequence[str], folder: Path) -> None:
     with tarfile.open(archive, tarinfo=Header) as file:  # one pass: a compressed tar cannot be read out of order
-        for member in track(file, f"Unpacking {archive.name}", total=None):
+        for count, member in enumerate(track(file, f"Unpacking {archive.name}", total=None), start=1):
+            check_count(archive, count)
             check_inside(archive, member.name)
             if member.isfile() and not member.issparse() and is_wanted(member.name, wanted):
                 check_room(archive, member.size, folder)
@@ -196,6 +199,15 @@ class Header(tarfile.TarInfo):
         if header.type in HEADERS and header.size > LONGEST_HEADER:
             raise tarfile.HeaderError(f"a header of {header.size:,} bytes")
         return header
+
+
+def check_count(archive: Path, count: int) -> None:
+    """Raises DatasetError if an archive holds more files than any published one."""
+    if count > MOST_FILES:
+        raise DatasetError(
+            f"{archive} holds more than {MOST_FILES:,} files. Check that it is the published one, or unpack it and "
+            "give the folder."
+        )
 
 
 def check_room(archive: Path, size: int, folder: Path) -> None:

@@ -22,6 +22,7 @@ from experiments.errors import UserError
 from experiments.files import read_json
 from experiments.run.processes import is_first
 from pmnet.errors import CheckpointError, SettingError
+from pmnet.files import check_size
 from pmnet.methods import Head, Method, all_methods, from_release
 from pmnet.training.module import check_checkpoint
 
@@ -59,7 +60,7 @@ class Checkpoint:
     def val_miou(self) -> float:
         """The best validation mIoU in percent up to this checkpoint; NaN without validation."""
         states = [s for s in self.content.get("callbacks", {}).values() if s.get("monitor") == "val/miou"]
-        best = states[0]["best_model_score"] if states else None
+        best = states[0].get("best_model_score") if states else None
         return float("nan") if best is None else float(best)
 
     def check_network(self, network: Method) -> None:
@@ -264,6 +265,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def read(path: Path) -> Checkpoint:
     """Raises CheckpointError if the file is damaged or contains anything but tensors and plain values."""
     try:
+        check_size(path)
         check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or malicious file can raise anything
@@ -271,7 +273,26 @@ def read(path: Path) -> Checkpoint:
             f"{path} cannot be read as a checkpoint: it is damaged, or it contains more than tensors and plain values "
             f"({type(error).__name__}). Nothing in it was executed."
         ) from error
-    return Checkpoint(path, content if isinstance(content, dict) else {})
+    content = content if isinstance(content, dict) else {}
+    if {"backbone", "record"} & content.keys() and not is_sound(content):
+        raise CheckpointError(f"{path} is damaged, or another program wrote it: its parts have unexpected types.")
+    return Checkpoint(path, content)
+
+
+def is_sound(content: dict[Any, Any]) -> bool:
+    """Whether the parts that a run uses, as far as they are there, have the types that a run saves."""
+    kinds = {"state_dict": dict, "record": dict, "backbone": dict, "callbacks": dict, "epoch": int, "global_step": int}
+    state, _, backbone, states, *_ = parts = [content.get(name, kind()) for name, kind in kinds.items()]
+    return (
+        all(isinstance(part, kind) for part, kind in zip(parts, kinds.values(), strict=True))
+        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items())
+        and all(isinstance(text, str) for name, text in backbone.items() if name != "trained_on")
+        and all(isinstance(state, dict) and is_score(state.get("best_model_score")) for state in states.values())
+    )
+
+
+def is_score(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 
 def check_sums(path: Path) -> None:

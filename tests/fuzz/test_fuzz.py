@@ -11,6 +11,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,10 +90,20 @@ def compressed_checkpoint() -> bytes:
     return buffer.getvalue()
 
 
+def checkpoint_of(content: bytes) -> bytes:
+    """A checkpoint with other pickled content."""
+    buffer, whole = io.BytesIO(), io.BytesIO(seeds.torch_saved({}))
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(buffer, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, content if entry.filename.endswith("data.pkl") else old.read(entry))
+    return buffer.getvalue()
+
+
 def safetensors_of(header: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(header) if length is None else length) + header + bytes(16)
 
 
+TWO_GIGABYTES = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
 LYING = b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[%s]}}'
 NEST = 100_000
 REFUSED: dict[str, list[tuple[str, Callable[[], bytes]]]] = {
@@ -166,7 +177,12 @@ REFUSED: dict[str, list[tuple[str, Callable[[], bytes]]]] = {
         ("compressed zeros", compressed_checkpoint),
         ("a list", lambda: seeds.torch_saved([])),
     ],
-    "weights .pth": [("a command", lambda: seeds.torch_saved(Evil())), ("compressed zeros", compressed_checkpoint)],
+    "weights .pth": [
+        ("a command", lambda: seeds.torch_saved(Evil())),
+        ("compressed zeros", compressed_checkpoint),
+        ("2 GB of memory", lambda: checkpoint_of(TWO_GIGABYTES)),
+        ("2 GB of memory, old format", lambda: TWO_GIGABYTES),
+    ],
     "weights .safetensors": [
         ("a header of 8 EB", lambda: safetensors_of(b"{}", 2**63)),
         ("more elements than bytes", lambda: safetensors_of(LYING % (b"1000", b"0,16"))),
@@ -278,6 +294,15 @@ def test_archive_that_holds_more_than_the_disk_is_refused_before_it_is_unpacked(
     with pytest.raises(DatasetError, match=r"holds 0\.0 GB to unpack, but the disk"):
         Source([tmp_path / name], ["*.jpg"], tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.jpg"))
+
+
+@pytest.mark.parametrize("name, make", [("a.zip", seeds.zipped), ("a.tar", seeds.tarred)])
+def test_archive_of_too_many_files_is_refused(tmp_path, monkeypatch, name, make):
+    monkeypatch.setattr("datamodules.prepare.source.MOST_FILES", 99)
+    for count, refused in ((99, False), (100, True)):
+        (tmp_path / name).write_bytes(make({f"{i}.jpg": b"" for i in range(count)}))
+        with pytest.raises(DatasetError, match="more than 99 files") if refused else nullcontext():
+            Source([tmp_path / name], ["*.jpg"], tmp_path / f"out{count}")
 
 
 @pytest.mark.slow
