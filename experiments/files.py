@@ -10,8 +10,11 @@ from uuid import uuid4
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a new file and then replaces the old one with it, so that no reader sees half a file."""
     part = path.with_suffix(f".{uuid4().hex}.part")  # several processes of a job may write this file
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(part, path)
+    try:
+        part.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

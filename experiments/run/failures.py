@@ -1,5 +1,6 @@
 """Failing jobs: one message, failure.json, and an exit code other than 0."""
 
+import errno
 import io
 import logging
 import os
@@ -7,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from experiments.sweep.preemption import Requeue, leave_after_error
 from pmnet.errors import PMNetError
 
 log = logging.getLogger(__name__)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 EXPECTED = (PMNetError, DatasetError, UserError, MisconfigurationException)
 
 
@@ -47,6 +49,7 @@ def explained(folder: Path) -> Iterator[Outcome]:
     The failure is written to `failure.json`. In a sweep it does not stop the other jobs.
     """
     accept_any_character()
+    logging.raiseExceptions = False  # on a full disk, each line of run.log would be a traceback
     if jobs.is_sweep_job() or "LOCAL_RANK" in os.environ:
         jobs.end_with_parent()
     if is_first():
@@ -94,7 +97,8 @@ def accept_any_character() -> None:
 
 
 def write_failure(folder: Path, error: str, trace: str | None = None) -> None:
-    write_json(folder / "failure.json", {"error": error, "traceback": trace, "attempt": trainings.attempt()})
+    with suppress(OSError):  # a full disk is often the failure itself, and the message has to come all the same
+        write_json(folder / "failure.json", {"error": error, "traceback": trace, "attempt": trainings.attempt()})
 
 
 def as_message(error: Exception) -> str | None:
@@ -108,6 +112,14 @@ def as_message(error: Exception) -> str | None:
         return (
             f"A worker that reads images could not deliver: {last_line(cause)} Give the container more shared memory "
             "(docker run --shm-size=2g), or read in the main process: episodes.workers=0."
+        )
+    if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+        where = cause.filename or "a file of this run"
+        return f"Could not write {where}: {cause.strerror}. Free some space, then run the same command again to resume."
+    if isinstance(cause, RuntimeError) and ("gloo" in str(cause) or "NCCL" in str(cause)):
+        return (
+            f"Another process of this job has ended or does not answer: {last_line(cause)} If it left "
+            "a message, it is above. Run the same command again to resume."
         )
     return None
 

@@ -1,0 +1,50 @@
+"""What a failure leaves: a message where the user can help it, and no half-written file."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from experiments.files import read_json, write_json
+from experiments.run.failures import as_message, write_failure
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_disk_without_room_is_one_message(number: int) -> None:
+    message = as_message(OSError(number, os.strerror(number), "/runs/1/results.json")) or ""
+    assert "/runs/1/results.json" in message
+    assert os.strerror(number) in message
+    assert "Free some space" in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1",
+        "[gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 10000ms for send operation to complete",
+    ],
+)
+def test_process_that_is_gone_is_one_message(words: str) -> None:
+    assert "Another process of this job has ended or does not answer" in (as_message(RuntimeError(words)) or "")
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    assert as_message(RuntimeError("shape mismatch")) is None
+    assert as_message(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_full_disk_hides_no_message_and_leaves_no_part(tmp_path: Path, monkeypatch) -> None:
+    def refuse(path: Path, text: str) -> None:
+        path.touch()
+        with Path("/dev/full").open("w") as file:
+            file.write(text)
+
+    write_json(tmp_path / "failure.json", {"error": "before"})
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "results.json", {})
+    write_failure(tmp_path, "full")
+    assert [p.name for p in tmp_path.iterdir()] == ["failure.json"]
+    assert read_json(tmp_path / "failure.json") == {"error": "before"}
