@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pmnet.backbones import Features
-from pmnet.methods.base import Head
+from pmnet.methods.base import Criterion, Head, scored, size_of
 
 POSITIONS_ON_CPU, POSITIONS_ELSEWHERE = 2**23, 2**28  # correlations that are worked on at a time
 
@@ -83,6 +83,19 @@ class VotingHead(Head):
 
     def mask(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
         return voted(foreground(self.answers(query_feats, seen, size)))
+
+    def loss(
+        self,
+        query_feats: Features,
+        support_feats: Features,
+        support_masks: Tensor,
+        query_mask: Tensor,
+        criterion: Criterion,
+    ) -> Tensor:
+        """The criterion of every support's own answer: votes have no gradient."""
+        seen, K = self.see(support_feats, support_masks), support_masks.shape[1]
+        answers = self.answers(query_feats, seen, size_of(query_mask))
+        return scored(criterion, answers.flatten(0, 1), query_mask.repeat_interleave(K, dim=0))
 
 
 def portions(B: int, K: int, at_once: int) -> Iterator[tuple[slice, slice]]:

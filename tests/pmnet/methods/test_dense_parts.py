@@ -254,3 +254,25 @@ def test_masked_pass_sees_the_mean_colour_outside_the_mask(dtype):
     for m, fs in expected.items():
         for one, other in zip(found[f"{m}_masked"], fs, strict=True):
             torch.testing.assert_close(one.flatten(0, 1), other)
+
+
+def test_loss_of_a_voting_head_is_that_of_each_supports_own_answer():
+    from pmnet.backbones import SmallBackbone
+    from pmnet.methods.hsnet import HSNet
+
+    head = HSNet(SmallBackbone("none")).head
+    random = torch.Generator().manual_seed(0)
+    shapes = {"layer2": (1, 8), "layer3": (2, 4), "layer4": (2, 2)}
+    query = {m: [torch.randn(2, 6, s, s, generator=random) for _ in range(n)] for m, (n, s) in shapes.items()}
+    support = {m: [torch.randn(2, 3, 6, s, s, generator=random) for _ in range(n)] for m, (n, s) in shapes.items()}
+    masks = (torch.rand(2, 3, 64, 64, generator=random) < 0.5).float()
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=255)
+    loss = head.loss(query, support, masks, masks[:, 0], criterion)
+    alone = [
+        criterion(head(query, {m: [f[:, k : k + 1] for f in fs] for m, fs in support.items()}, masks[:, k : k + 1]),
+                  masks[:, 0].long())
+        for k in range(3)
+    ]  # fmt: skip
+    assert loss.item() == pytest.approx(sum(alone).item() / 3, rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in head.parameters())
