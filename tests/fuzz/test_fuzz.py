@@ -24,6 +24,7 @@ from scipy.io import loadmat, savemat
 from datamodules.benchmarks.pascal import sbd_mask
 from datamodules.errors import DatasetError
 from datamodules.prepare.source import Source
+from pmnet.segment.images import load_image
 from tests.fuzz import seeds
 from tests.fuzz.attempt import Outcome, outcomes
 from tests.fuzz.mutate import right_checksums
@@ -323,6 +324,15 @@ def test_masks_of_sbd_are_what_scipy_reads(tmp_path):
         found = sbd_mask(tmp_path / "a.mat")
         assert np.array_equal(found, expected)
         assert found.dtype == np.uint8
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "LA"])
+def test_image_read_in_strips_is_the_whole_image(tmp_path, mode):
+    image = Image.effect_noise((30, 1100), 90).convert("RGB").convert(mode)
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    image.save(path)
+    expected = np.array(Image.open(path).convert("RGB"))
+    assert np.array_equal(load_image(path).permute(1, 2, 0).numpy(), expected)
 
 
 def test_checksums_are_corrected():
