@@ -52,7 +52,7 @@ def test_run_leaves_what_is_needed_to_trust_and_repeat_it(trained: Path) -> None
 
 
 def test_run_leaves_checkpoints_curves_and_pictures(trained: Path) -> None:
-    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     state = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     assert all(key.startswith("network.head.") for key in state["state_dict"])
     assert state["backbone"]["weights"] == "none"
