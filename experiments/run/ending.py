@@ -69,11 +69,16 @@ def watch(reader: int) -> None:
     os.close(reader)
 
 
-def end_children() -> None:
-    """Kills every process that this one started: workers ignore SIGTERM, and Python would wait for them at its end."""
+def end_children(but: str | None = None) -> None:
+    """Kills every process that this one started: workers ignore SIGTERM, and Python would wait for them at its end.
+
+    Args:
+        but: what the names of those contain that end by themselves.
+    """
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            child.kill()
+            if but is None or but not in child.name():
+                child.kill()
 
 
 class EndSoon(L.Callback):

@@ -86,7 +86,7 @@ def explained(folder: Path) -> Iterator[Outcome]:
     finally:
         loggers.finish(code)
         if code:
-            end_children()
+            end_children(but="wandb")  # whose service has just been told, and ends with this process
 
 
 def accept_any_character() -> None:
