@@ -93,12 +93,14 @@ def main() -> None:
     if args.again is not None:
         planned = [(planned[0][0], args.again)]
     lab = Lab(Path(tempfile.mkdtemp(prefix="faults-")))
+    before = args.page.read_text() if args.page.exists() else ""
+    rest = before[before.index("\n## Bad input") :] if "\n## Bad input" in before else ""
     console.print(f"Seed {args.seed}, in {lab.folder}")
     for number, (fault, seed) in enumerate(planned, start=1):
         outcome = in_thread(fault, seed, lab)
         outcomes.append(outcome)
         console.print(escape(f"{number:3} {outcome}"), style="red" if outcome.wrong else "", highlight=False)
-        args.page.write_text(page(outcomes, args.seed))
+        args.page.write_text(page(outcomes, args.seed) + rest)
     table = Table(*COLUMNS, title=f"{len(outcomes)} injections")
     for row in rows(outcomes):
         table.add_row(*map(escape, row))
