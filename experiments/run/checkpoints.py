@@ -122,8 +122,21 @@ def to_test(ckpt: str | None) -> Checkpoint:
 
 
 def trained_in(run: Path) -> Checkpoint:
-    """The checkpoint of a finished training: the best one, or the last if it ended before its first validation."""
-    checkpoint = first_readable(run, "best", "last", "previous")
+    """The checkpoint of a finished training: the best one, or the last if it ended before its first validation.
+
+    Raises:
+        CheckpointError: the best one is damaged. Another one would give other numbers.
+        UserError: there is none.
+    """
+    if best := in_run(run, "best"):
+        try:
+            return read(best)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} It was the best epoch, and the others have other scores. Train again with resume=false, or "
+                f"test the last epoch with mode=test ckpt={best.with_stem('last')}."
+            ) from error
+    checkpoint = first_readable(run, "last", "previous")
     if checkpoint is None:
         raise UserError("The training ended within its first epoch: there is no checkpoint to test. Train longer.")
     return checkpoint

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 
 from experiments.files import read_json
 from experiments.run.callbacks import StepSeed
-from experiments.run.checkpoints import AtomicCheckpoints, in_run, read, to_start_from
+from experiments.run.checkpoints import AtomicCheckpoints, in_run, read, to_start_from, trained_in
 from experiments.run.checkpoints import callbacks as checkpoint_callbacks
 from experiments.run.trainer import OURS
 from experiments.sweep.preemption import Requeue
@@ -149,6 +149,18 @@ def test_flipped_bit_is_found(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)["state_dict"]["weight"].count_nonzero() == 1
     with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read"):
         read(path)
+
+
+def test_damaged_best_checkpoint_is_not_replaced_by_another(tmp_path: Path) -> None:
+    """The last epoch has other scores, and the results would not tell at a glance."""
+    folder = tmp_path / "checkpoints"
+    AtomicCheckpoints().save_checkpoint({"epoch": 2}, folder / "last.ckpt")
+    assert trained_in(tmp_path).path.stem == "last"
+    AtomicCheckpoints().save_checkpoint({"epoch": 1}, folder / "best.ckpt")
+    assert trained_in(tmp_path).path.stem == "best"
+    (folder / "best.ckpt").write_bytes((folder / "best.ckpt").read_bytes()[:300])
+    with pytest.raises(CheckpointError, match=r"best.ckpt cannot be read.*resume=false.*mode=test ckpt=.*last\.ckpt"):
+        trained_in(tmp_path)
 
 
 def test_last_state_but_one_is_kept(tmp_path: Path) -> None:
