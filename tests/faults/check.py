@@ -6,11 +6,13 @@ import random
 import shutil
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import safetensors.torch
 import torch
 from PIL import Image
@@ -161,7 +163,8 @@ def attempt(fault: Fault, seed: int, lab: Lab) -> Outcome:
         case.start()
         present = case.reach_moment()
         begun = time.monotonic()
-        next(steps, None) if present else None
+        with suppress(psutil.Error):  # the run may have ended before
+            next(steps, None)
         bound = fault.bound if present else 0.0
         whole = case.wait(bound)
         outcome.seconds, outcome.code = time.monotonic() - begun, case.process.returncode
