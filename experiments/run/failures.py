@@ -116,6 +116,11 @@ def as_message(error: Exception) -> str | None:
     if isinstance(cause, OSError) and cause.errno in NO_ROOM:
         where = cause.filename or "a file of this run"
         return f"Could not write {where}: {cause.strerror}. Free some space, then run the same command again to resume."
+    if (isinstance(cause, OSError) and cause.errno == errno.ENOLCK) or "support flock" in str(cause):
+        return (
+            f"A file could not be locked: {cause}. The disk has no file locks. Set reuse=false, or choose a folder on "
+            "another disk with trainings=FOLDER and, if you use it, episodes.cache=FOLDER."
+        )
     if isinstance(cause, RuntimeError) and ("gloo" in str(cause) or "NCCL" in str(cause)):
         return (
             f"Another process of this job has ended or does not answer: {last_line(cause)} If it left "

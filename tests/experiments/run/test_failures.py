@@ -9,6 +9,8 @@ import pytest
 from experiments.files import read_json, write_json
 from experiments.run.failures import as_message, write_failure
 
+FLOCK = "FileSystem does not appear to support flock; use SoftFileLock instead"  # filelock's words
+
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
 def test_disk_without_room_is_one_message(number: int) -> None:
@@ -27,6 +29,11 @@ def test_disk_without_room_is_one_message(number: int) -> None:
 )
 def test_process_that_is_gone_is_one_message(words: str) -> None:
     assert "Another process of this job has ended or does not answer" in (as_message(RuntimeError(words)) or "")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError(FLOCK)])
+def test_disk_without_locks_is_one_message(error: Exception) -> None:
+    assert "reuse=false" in (as_message(error) or "")
 
 
 def test_other_errors_keep_their_traceback() -> None:
