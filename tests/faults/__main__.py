@@ -19,7 +19,7 @@ from rich.table import Table
 
 from tests.conftest import ROOT
 from tests.faults.check import Outcome, attempt
-from tests.faults.faults import FAULTS, Fault
+from tests.faults.faults import FAULTS, OTHER, SIGNAL, Fault
 from tests.faults.runs import Lab
 
 PAGE = """# Reliability
@@ -29,8 +29,8 @@ without the fault. After each fault, one of two things must hold:
 
 - The run succeeds with the numbers of an unbroken run: the scores in `results.json` and the weights in `last.ckpt`, bit
   for bit.
-- The run ends with one message and an exit code other than 0, within {signal:.0f} s of a signal or {other:.0f} s of
-  another fault. The repeated command then gives the numbers of the unbroken run.
+- The run ends with one message and an exit code other than 0, within {signal:.0f} s of a signal or {other:.0f} s
+  of another fault. The repeated command then gives the numbers of the unbroken run.
 
 No process may be left, and no file under its final name may be incomplete. A process that a signal ends before the run
 has started may end without a message.
@@ -113,8 +113,8 @@ def page(outcomes: list[Outcome], seed: int) -> str:
     cells += [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows(outcomes)]
     skipped = sum(bool(o.skipped) for o in outcomes)
     return PAGE.format(
-        signal=10,
-        other=60,
+        signal=SIGNAL,
+        other=OTHER,
         tries=len(outcomes) - skipped,
         date=datetime.now(UTC).date(),
         seed=seed,
