@@ -12,7 +12,6 @@ from tests.faults.check import Outcome
 from tests.faults.faults import Fault
 from tests.faults.runs import Lab
 
-EXCEPT = "^(?!.*image cache)"  # which has no checksums: see docs/reliability.md
 TRIES, SECONDS = 20, 150  # no injection begins later than this
 SETTLED = "kill -9|SIGTERM|SIGINT|SIGHUP|truncated: (last|previous|results)|no HOME|umask|64 open files"
 
