@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -279,6 +280,9 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder, self.made, self.making = folder, dict[str, Case](), threading.RLock()
         self.data = write_indexed(folder / "data")
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell's background job ignores it, and its runs too
 
     def reference(self, scene: str) -> Case:
         """The unbroken run of a scene, or of the scene that has the same numbers."""
