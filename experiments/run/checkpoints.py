@@ -354,8 +354,10 @@ class AtomicCheckpoints(TorchCheckpointIO):
         except SystemExit:  # asked to end in the middle of it
             part.unlink(missing_ok=True)
             raise
-        except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch.save turns what stops a write into a RuntimeError
             part.unlink(missing_ok=True)
+            if isinstance(error.__context__, SystemExit):
+                raise error.__context__ from None
             kept = f"The previous checkpoint is kept: {path}." if path.exists() else "There is no earlier one."
             raise CheckpointError(
                 f"Could not write the checkpoint {path}: {error}. Is the disk full? {kept} Free some space and run the "

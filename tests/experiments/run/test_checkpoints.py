@@ -1,5 +1,7 @@
 """What a checkpoint keeps of a training, wherever it goes on."""
 
+import io
+import itertools
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from experiments.files import read_json
 from experiments.run.callbacks import StepSeed
 from experiments.run.checkpoints import AtomicCheckpoints, in_run, read, to_start_from, trained_in
 from experiments.run.checkpoints import callbacks as checkpoint_callbacks
+from experiments.run.ending import Asked
 from experiments.run.trainer import OURS
 from experiments.sweep.preemption import Requeue
 from pmnet.errors import CheckpointError
@@ -161,6 +164,29 @@ def test_damaged_best_checkpoint_is_not_replaced_by_another(tmp_path: Path) -> N
     (folder / "best.ckpt").write_bytes((folder / "best.ckpt").read_bytes()[:300])
     with pytest.raises(CheckpointError, match=r"best.ckpt cannot be read.*resume=false.*mode=test ckpt=.*last\.ckpt"):
         trained_in(tmp_path)
+
+
+def test_signal_within_a_write_is_no_full_disk(tmp_path: Path, monkeypatch) -> None:
+    """torch.save raises an error of its own on top of what a signal's handler raises."""
+
+    def save(content: dict, file: io.BufferedWriter) -> None:
+        real = file.write
+        writes = itertools.count()
+
+        def write(data: bytes) -> int:
+            if next(writes) == 2:
+                raise Asked(signal.SIGTERM)
+            return real(data)
+
+        file.write = write  # type: ignore[method-assign]
+        torch_save(content, file)
+
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(SystemExit) as ended:
+        AtomicCheckpoints().save_checkpoint({"weight": torch.zeros(1000)}, tmp_path / "last.ckpt")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def test_last_state_but_one_is_kept(tmp_path: Path) -> None:
