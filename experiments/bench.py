@@ -165,8 +165,9 @@ def plain(device: str) -> Callable[[Work], dict[str, float]]:
     network.backbone.to(memory_format=torch.contiguous_format)
 
     @torch.no_grad()
-    def features(query: Any, support: Any) -> Any:
-        return network.backbone(query), network.backbone(support)
+    def features(query: Any, support: Any, support_masks: Any) -> Any:
+        apart = network.backbone(query, network.reads), network.backbone(support.flatten(0, 1), network.reads)
+        return network.chosen(*apart, support, support_masks)
 
     def head(*arguments: Any) -> Any:
         return plain_network_head(network.head, *arguments)
@@ -183,9 +184,7 @@ def whole(network: Any, features: Any, head: Any, device: str) -> Callable[[Work
         network.train(work.train)
 
         def passes() -> Any:
-            query_feats, support_feats = features(query, support.flatten(0, 1))
-            by_shot = {m: [f.unflatten(0, support.shape[:2]) for f in support_feats[m]] for m in ("layer3", "layer4")}
-            return query_feats, by_shot
+            return features(query, support, masks)
 
         def rest(found: Any) -> None:
             logits = head(*found, masks)

@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import wandb
 
 from experiments.loggers import WandbLogger, finish
 from tests.conftest import ROOT, TINY, command, results, run
@@ -113,6 +114,14 @@ def test_wandb_that_is_turned_off_stays_off(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").rglob("*.wandb"))
 
 
+@pytest.fixture
+def own_service() -> Iterator[None]:
+    """Ends the W&B service of this process, which the programs that later tests start would use otherwise."""
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("own_service")
 def test_summary_has_the_baselines_even_if_nothing_was_trained(tmp_path: Path) -> None:
     """The record of a method that learns nothing has empty "training" and "checkpoint"."""
     scores = {"miou": 31.5, "fb_iou": 52.25, "iou_per_class": {"cat": 31.5}}
