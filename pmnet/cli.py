@@ -1,16 +1,23 @@
-"""The command `pmnet`: what a file of weights or a checkpoint holds.
+"""The command `pmnet`.
 
+pmnet segment --support examples/ --images photos/ --out masks/
 pmnet info outputs/<run>/checkpoints/best.ckpt
+
+A command is a module of `pmnet/segment/commands/` with `HELP`, `options(parser)` and `run(arguments)`, which returns the
+exit code; heavy imports stand in `run`.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pmnet.errors import PMNetError
 from pmnet.version import VERSION
+
+COMMANDS = ("segment", "export", "serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,9 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     info = commands.add_parser("info", help="show what a checkpoint or a file of weights holds")
     info.add_argument("file", type=Path, help=".ckpt, .pth or .safetensors")
     info.set_defaults(run=show)
+    for name in COMMANDS:
+        module = import_module(f"pmnet.segment.commands.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.options(command)
+        command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
     try:
-        args.run(args)
+        sys.exit(args.run(args))
     except PMNetError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)

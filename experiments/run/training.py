@@ -4,6 +4,7 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -51,6 +52,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         data.val_class_ids,
         floors,
         interval,
+        recipe_of(cfg, data),
     )
     trainer = make_trainer(cfg, folder, loggers, [StepSeed(cfg.seed), EpochLog(), *checkpoints.callbacks(folder)])
     if trainer.is_global_zero:
@@ -79,6 +81,12 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
                 logger.log_results(record, folder)
         results.print_scores(record, folder)
     return tested.val_miou if tested else float("nan")
+
+
+def recipe_of(cfg: DictConfig, data: FewShotDataModule) -> dict[str, Any]:
+    """How the method is built, in plain values, as `pmnet/segment/recipe.py` reads it from a checkpoint."""
+    parts = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "backbone")}
+    return parts | {"image_size": list(data.image_size)}
 
 
 def build(cfg: DictConfig, folder: Path) -> tuple[Method, Checkpoint | None]:

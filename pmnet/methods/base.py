@@ -132,6 +132,8 @@ class Method(nn.Module):
         batchnorm: how the frozen backbone's BatchNorm layers work in training: "eval" uses the stored statistics;
             "train" uses the batch's and updates the stored ones, as the programs of the PFENet family do.
         ignored: how the training loss treats pixels marked 255: "ignore", or "background" as in HSNet's family.
+        negative_supports: a support with an empty mask is evidence of background, because all shots are matched at
+            once. False where each shot makes a mask or a prototype of its own.
 
     Raises:
         SettingError: the backbone does not have the parts named in `learned_layers`.
@@ -143,6 +145,7 @@ class Method(nn.Module):
     learned_layers: tuple[str, ...] = ()
     batchnorm: Literal["eval", "train"] = "eval"
     ignored: Literal["ignore", "background"] = "ignore"
+    negative_supports: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()

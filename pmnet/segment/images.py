@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pmnet.errors import ImageError
+from pmnet.errors import ImageError, SettingError
 
 MAX_PIXELS = 120_000_000  # of an image; reading one takes 8 bytes of memory per pixel
 STRIP = 512  # rows converted at a time
+GREY = (124, 116, 104)  # ImageNet's mean
+IGNORE = 255  # mask value of pixels that count as neither
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 
 
 def load_image(path: Path, turn: bool = True) -> Tensor:
@@ -30,11 +35,16 @@ def load_image(path: Path, turn: bool = True) -> Tensor:
     """
     image = decode(path)
     with one_error(path):
-        if image.mode.startswith("I;16") or image.mode == "I":
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip, not scale
         if turn:
             ImageOps.exif_transpose(image, in_place=True)
-        return torch.from_numpy(rgb_array(image)).permute(2, 0, 1)
+        return pixels(image)
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8 of a PIL image of any mode."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip, not scale
+    return torch.from_numpy(rgb_array(image)).permute(2, 0, 1)
 
 
 def rgb_array(image: Image.Image) -> np.ndarray:
@@ -86,3 +96,129 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """(h, w) uint8 -> (H, W) uint8; nearest."""
     return interpolate(mask[None, None], size, mode="nearest")[0, 0]
+
+
+# Whatever a caller has
+
+
+def as_image(image: AnyImage) -> Tensor:
+    """(3, H, W) uint8 of a path, a PIL image, an array (H, W), (H, W, 3 or 4), or a tensor (H, W), (1 or 3, H, W).
+
+    Arrays and tensors are uint8, uint16, or float in 0..1.
+
+    Raises:
+        ImageError: the file is missing or cannot be read.
+        SettingError: an array or a tensor has another shape or type.
+    """
+    if isinstance(image, (str, Path)):
+        return load_image(Path(image))
+    if isinstance(image, Image.Image):
+        return pixels(ImageOps.exif_transpose(image))
+    values = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image).copy())
+    if not isinstance(image, Tensor) and values.ndim == 3:
+        values = values[..., :3].movedim(-1, 0)
+    if values.ndim == 2:
+        values = values[None]
+    if values.ndim != 3 or len(values) not in (1, 3) or not values.numel():
+        raise SettingError(
+            f"An image is (H, W, 3) as an array and (3, H, W) as a tensor, not {tuple(image.shape)} as "
+            f"{'a tensor' if isinstance(image, Tensor) else 'an array'}."
+        )
+    return eight_bits(values.detach().cpu()).expand(3, *values.shape[1:]).contiguous()
+
+
+def eight_bits(values: Tensor) -> Tensor:
+    """uint8 of uint8, uint16, or float in 0..1. Raises SettingError for other types and values."""
+    if values.dtype == torch.uint16:
+        return (values.int() >> 8).to(torch.uint8)
+    if values.is_floating_point() and values.min() >= 0 and values.max() <= 1:
+        return (values * 255).round().to(torch.uint8)
+    if values.dtype != torch.uint8:
+        raise SettingError(f"Pixels are uint8, uint16, or float in 0..1, not {values.dtype} up to {values.max()}.")
+    return values
+
+
+def as_mask(mask: AnyImage, size: tuple[int, int]) -> Tensor:
+    """The mask of a support, (H, W) uint8: 0 = background, 1 = foreground, 255 = ignore.
+
+    Every other value than 0 is foreground, but 255 is "ignore" if further values are there; a mask in colours or with
+    transparency is foreground where it is not black, or not transparent.
+
+    Args:
+        size: (H, W) of its image.
+
+    Raises:
+        ImageError: the file is missing or cannot be read.
+        SettingError: it has another size than its image.
+    """
+    where = f"{mask}" if isinstance(mask, (str, Path)) else "A mask"
+    if isinstance(mask, (str, Path)):
+        mask = decode(Path(mask))
+    if isinstance(mask, Image.Image):
+        colours = mask.mode in ("RGB", "RGBA", "LA", "CMYK", "HSV", "LAB", "YCbCr")
+        mask = np.asarray(mask if not colours else flat_mask(mask))
+    values = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    values = values.detach().cpu().squeeze()
+    if tuple(values.shape) != tuple(size):
+        raise SettingError(
+            f"{where} has {' x '.join(map(str, values.shape))} pixels, its image {size[0]} x {size[1]} (height x "
+            "width): they must be equal."
+        )
+    values = values.int() if values.dtype == torch.uint16 else values
+    ignored = (values == IGNORE) & bool(((values != 0) & (values != IGNORE)).any())
+    return (values != 0).to(torch.uint8).masked_fill(ignored, IGNORE)
+
+
+def flat_mask(mask: Image.Image) -> Image.Image:
+    """One band of a mask in colours: its alpha if that says something, else its brightest band."""
+    if "A" in mask.getbands() and mask.getchannel("A").getextrema()[0] == 0:
+        return mask.getchannel("A")
+    return Image.fromarray(np.asarray(mask.convert("RGB")).max(2))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files of a folder and of those below it, sorted, without hidden ones."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(p for p in found if p.is_file() and not any(part.startswith(".") for part in p.parts[-1:]))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The sides at which a network sees images.
+
+    Attributes:
+        size: H, W.
+        keep_aspect: fit images in, at the top left, and fill up with grey; otherwise squeeze them.
+    """
+
+    size: tuple[int, int]
+    keep_aspect: bool = False
+
+    def inside(self, size: tuple[int, int]) -> tuple[int, int]:
+        """H, W of the part that an image of `size` takes.
+
+        Example:
+            >>> Frame((384, 384), keep_aspect=True).inside((375, 500))
+            (288, 384)
+        """
+        if not self.keep_aspect:
+            return self.size
+        scale = min(self.size[0] / size[0], self.size[1] / size[1])
+        return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+    def image(self, image: Tensor) -> Tensor:
+        """(3, h, w) uint8 -> (3, H, W) uint8."""
+        height, width = self.inside((image.shape[-2], image.shape[-1]))
+        resized = resize_image(image, (height, width))
+        if (height, width) == self.size:
+            return resized
+        full = torch.tensor(GREY, dtype=torch.uint8).view(3, 1, 1).repeat(1, *self.size)
+        full[:, :height, :width] = resized
+        return full
+
+    def mask(self, mask: Tensor) -> Tensor:
+        """(h, w) uint8 -> (H, W) uint8, 0 where the image is filled up."""
+        height, width = self.inside((mask.shape[-2], mask.shape[-1]))
+        full = torch.zeros(self.size, dtype=torch.uint8)
+        full[:height, :width] = resize_mask(mask, (height, width))
+        return full

@@ -51,6 +51,7 @@ class FewShotModule(L.LightningModule):
         val_class_ids: the classes that validation averages over; None uses `class_ids`.
         floors: name -> training-free method on the same backbone, tested on the same episodes as a baseline.
         schedule_interval: "epoch" or "step": after what the schedule steps.
+        recipe: how the method is built, see `pmnet/segment/recipe.py`; stored in checkpoints.
 
     Raises:
         SettingError: `schedule_interval` is neither.
@@ -75,11 +76,12 @@ class FewShotModule(L.LightningModule):
         val_class_ids: Sequence[int] | None = None,
         floors: Mapping[str, Method] | None = None,
         schedule_interval: str = "epoch",
+        recipe: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if schedule_interval not in ("epoch", "step"):
             raise SettingError(f"scheduler.interval must be one of epoch, step, not {schedule_interval}.")
-        self.network, self.loss, self.record = network, loss, record or {}
+        self.network, self.loss, self.record, self.recipe = network, loss, record or {}, recipe or {}
         self.make_optimizer, self.make_scheduler, self.schedule_interval = optimizer, scheduler, schedule_interval
         self.floors = dict(floors or {})  # a plain dict, no submodules: they share the backbone and have no weights
         self.val_iou = FewShotIoU(class_ids if val_class_ids is None else val_class_ids)
@@ -209,7 +211,7 @@ class FewShotModule(L.LightningModule):
                 f"Weights became NaN or infinite ({bad[0]}) in epoch {self.trainer.current_epoch} and are not saved. "
                 "The last checkpoint was saved before that. Lower the learning rate (optimizer.lr)."
             )
-        checkpoint["state_dict"], checkpoint["record"] = state, self.record
+        checkpoint["state_dict"], checkpoint["record"], checkpoint["recipe"] = state, self.record, self.recipe
         checkpoint["backbone"] = self.network.backbone.provenance.as_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -130,6 +130,7 @@ class PMNet(Method):
 
     query_reads = {"layer1": "last", "layer2": "last", "layer3": "all", "layer4": "all"}
     support_reads = {"layer3": "all", "layer4": "all"}
+    negative_supports = True
 
     def __init__(self, backbone: Backbone, **head: Any) -> None:
         keep_freed_memory()

@@ -1,0 +1,89 @@
+"""Class files: a method, and what it was shown of some classes, in one .safetensors file.
+
+The tensors are those of the method, and of each class the supports' images and masks at the network's size. The
+metadata's "pmnet" holds the recipe, see `recipe.py`, with the classes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+
+from pmnet.errors import CheckpointError, WeightsError
+from pmnet.files import read_file
+from pmnet.segment.presence import Presence
+from pmnet.segment.recipe import Built, assembled
+from pmnet.version import VERSION
+
+if TYPE_CHECKING:
+    from pmnet.segment.segmenter import Shown
+
+
+def is_one(source: str | Path) -> bool:
+    """Whether a source is the path of a class file."""
+    path = Path(source)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return "classes" in described(path)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What the metadata of a safetensors file say; empty if they say nothing of pmnet.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            recipe = json.loads((file.metadata() or {}).get("pmnet", "{}"))
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise WeightsError(f"{path} is not a readable file of weights: {error}") from error
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def write(path: Path, built: Built, keep_aspect: bool, shown: Mapping[str, "Shown"]) -> None:
+    """Writes a class file; see `Segmenter.save`."""
+    state = built.method.state_dict()
+    tensors = {f"method.{name}": state[name].cpu().contiguous() for name in built.method.saved()}
+    classes = []
+    for number, (name, each) in enumerate(shown.items()):
+        tensors |= {f"class.{number}.images": each.images, f"class.{number}.masks": each.masks}
+        classes.append({"name": name, "side": each.side, "presence": asdict(each.presence) if each.presence else None})
+    recipe = built.recipe | {"classes": classes, "keep_aspect": keep_aspect, "version": VERSION}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    safetensors.torch.save_file(tensors, part, {"pmnet": json.dumps(recipe)})
+    part.replace(path)
+
+
+def read(path: Path) -> tuple[Built, bool, dict[str, dict[str, Any]]]:
+    """The method of a class file, whether it keeps the aspect, and by class the arguments of `Shown`.
+
+    Raises:
+        WeightsError: the file is damaged, or the backbone's weights are not here.
+        CheckpointError: the parts do not fit together.
+    """
+    tensors, recipe = read_file(path)[0], described(path)
+    try:
+        classes = recipe.pop("classes")
+        state = {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
+        shown = {
+            each["name"]: {
+                "images": tensors[f"class.{number}.images"],
+                "masks": tensors[f"class.{number}.masks"],
+                "side": int(each["side"]),
+                "presence": Presence(**each["presence"]) if each["presence"] else None,
+            }
+            for number, each in enumerate(classes)
+        }
+        built = assembled(recipe, state)
+        sides = list(recipe["image_size"])
+        if any([*parts["images"].shape[-2:], *parts["masks"].shape[-2:]] != sides * 2 for parts in shown.values()):
+            raise ValueError("the supports have other sides than the network")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged, or another program wrote it: {error}.") from error
+    return built, bool(recipe.get("keep_aspect", False)), shown

@@ -1,0 +1,313 @@
+"""Segments a person's own images: show a few examples with masks, then predict.
+
+    seg = Segmenter.load()
+    seg.fit([("cow1.jpg", "cow1_mask.png"), ("cow2.jpg", "cow2_mask.png")])
+    result = seg.predict("field.jpg")
+
+Suffixes of tensor names as in `pmnet/methods/base.py`; C counts classes here.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from pmnet.backbones.base import Features
+from pmnet.errors import SettingError
+from pmnet.methods.base import Head, repeated
+from pmnet.segment import classfile, marks, tiles
+from pmnet.segment.images import AnyImage, Frame, as_image, as_mask, image_files
+from pmnet.segment.presence import PRESENT, Presence, calibrated
+from pmnet.segment.recipe import DEFAULT, Built, build
+
+Example = tuple[AnyImage, AnyImage | marks.Mark]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found in an image of H x W pixels.
+
+    Attributes:
+        mask: (H, W) uint8; 0 = none, k = the k-th class.
+        score: (H, W) float16 in 0..1; the probability of the most probable class.
+        presences: class -> score in 0..1 of whether the image shows it; from 0.5 on it counts as present.
+        classes: the classes' names.
+        seconds: that this image took, without reading the file.
+    """
+
+    mask: np.ndarray
+    score: np.ndarray
+    presences: dict[str, float]
+    classes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def presence(self) -> float:
+        """The largest of `presences`."""
+        return max(self.presences.values())
+
+    def area(self, name: str) -> float:
+        """The share of the image that a class covers, 0..1."""
+        return float((self.mask == 1 + self.classes.index(name)).mean())
+
+
+@dataclass
+class Shown:
+    """What was shown of one class.
+
+    Attributes:
+        images: (K, 3, H, W) uint8 at the network's size.
+        masks: (K, H, W) uint8, 0 or 1; all 0 in an image that shows none of it.
+        side: of the longest support, in pixels, before resizing.
+        seen: the method's output of `see`, for one episode.
+        presence: how a score of the image follows from the prediction.
+    """
+
+    images: Tensor
+    masks: Tensor
+    side: int
+    seen: Any = None
+    presence: Presence | None = None
+
+
+class Segmenter:
+    """A method with its weights, and the classes it was shown.
+
+    Args:
+        built: the method and its recipe, see `build`.
+        device: "auto" takes a GPU if there is one; otherwise the name of a torch device.
+        keep_aspect: fit images into the network's sides and fill up with grey, instead of squeezing them.
+
+    Example:
+        >>> import torch
+        >>> segmenter = Segmenter.load("nearest")
+        >>> image = torch.randint(256, (3, 120, 160), dtype=torch.uint8)
+        >>> mask = torch.zeros(120, 160)
+        >>> mask[20:80, 40:90] = 1
+        >>> result = segmenter.fit([(image, mask)]).predict(image)
+        >>> result.mask.shape, result.score.dtype, list(result.presences)
+        ((120, 160), dtype('float16'), ['object'])
+    """
+
+    def __init__(self, built: Built, device: str = "auto", keep_aspect: bool = False) -> None:
+        self.recipe = built.recipe
+        self.device = torch.device(chosen_device() if device == "auto" else device)
+        self.method = built.method.to(self.device).eval()
+        self.frame = Frame(tuple(self.recipe["image_size"]), keep_aspect)
+        self.shown: dict[str, Shown] = {}
+
+    @classmethod
+    def load(cls, source: str | Path = DEFAULT, device: str = "auto", keep_aspect: bool | None = None) -> Self:
+        """Loads a method, or a class file that `save` wrote.
+
+        Args:
+            source: a class file; or the folder of a run, a checkpoint, a .safetensors file, "prototype", "nearest" or
+                the name of a shipped head.
+            device: "auto", or the name of a torch device.
+            keep_aspect: see the class; None takes what the class file says, else False.
+
+        Raises:
+            SettingError: there is no such file or name.
+            WeightsError: a file is damaged, or the weights of the backbone are not here.
+            CheckpointError: the file does not say how its method is built, or does not fit.
+        """
+        if classfile.is_one(source):
+            built, kept, shown = classfile.read(Path(source))
+            segmenter = cls(built, device, kept if keep_aspect is None else keep_aspect)
+            segmenter.shown = {name: Shown(**parts) for name, parts in shown.items()}
+            for each in segmenter.shown.values():
+                segmenter.see(each)
+            return segmenter
+        return cls(build(source), device, bool(keep_aspect))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their values in masks."""
+        return tuple(self.shown)
+
+    # Supports
+
+    def fit(
+        self,
+        supports: Sequence[Example] | Mapping[str, Sequence[Example]],
+        negatives: Sequence[AnyImage] | Mapping[str, Sequence[AnyImage]] = (),
+    ) -> Self:
+        """Shows the classes; what was shown before is forgotten.
+
+        Args:
+            supports: pairs of an image and its mask; or class -> pairs. An image is a path, a PIL image, an array
+                (H, W, 3) or a tensor (3, H, W) of uint8. A mask is one of these with (H, W), where 0 is background
+                and 255 is ignored if other values are there; or a `Box`, `Points` or `Scribble`.
+            negatives: images that show none of the class; or class -> images.
+
+        Raises:
+            SettingError: no support, more than 254 classes, or a mask that is empty or of another size.
+            ImageError: a file cannot be read.
+        """
+        by_class = dict(supports) if isinstance(supports, Mapping) else {"object": supports}
+        without = dict(negatives) if isinstance(negatives, Mapping) else dict.fromkeys(by_class, negatives)
+        if unknown := without.keys() - by_class.keys():
+            raise SettingError(f"There are negatives of {sorted(unknown)[0]!r}, of which there is no support.")
+        if not by_class or not all(by_class.values()):
+            raise SettingError("Give at least one pair (image, mask) of each class.")
+        if len(by_class) > 254:
+            raise SettingError(f"At most 254 classes fit into a mask, not {len(by_class)}.")
+        shown = {name: self.read(name, pairs, without.get(name, ())) for name, pairs in by_class.items()}
+        for each in shown.values():
+            self.see(each)
+        self.shown = shown
+        self.calibrate()
+        return self
+
+    def read(self, name: str, pairs: Sequence[Example], negatives: Sequence[AnyImage]) -> Shown:
+        """Reads and resizes the images and masks of one class."""
+        images, masks, side = [], [], 0
+        for number, (image_of, mask_of) in enumerate(pairs, start=1):
+            image = as_image(image_of)
+            size = (image.shape[-2], image.shape[-1])
+            squeezed = self.frame.image(image)
+            if isinstance(mask_of, marks.Mark):
+                mask = self.grown(squeezed, mask_of, size)
+            else:
+                mask = self.frame.mask(as_mask(mask_of, size))
+            if not (mask == 1).any():
+                where = image_of if isinstance(image_of, (str, Path)) else f"number {number}"
+                raise SettingError(f"The mask of support {where} of {name!r} marks nothing.")
+            images.append(squeezed)
+            masks.append((mask == 1).to(torch.uint8))
+            side = max(side, *size)
+        for image_of in negatives:
+            images.append(self.frame.image(as_image(image_of)))
+            masks.append(torch.zeros_like(masks[0]))
+        return Shown(torch.stack(images), torch.stack(masks), side)
+
+    @torch.no_grad()
+    def grown(self, image: Tensor, mark: marks.Mark, size: tuple[int, int]) -> Tensor:
+        """The mask (H, W) at the network's size that a box, points or a scribble mean."""
+        layer = list(self.method.backbone.blocks)[-2]
+        features = self.method.backbone_pass(image[None].to(self.device), {layer: "last"})
+        return marks.grow(features[layer][-1][0], self.frame.mask(mark.seeds(size)))
+
+    @torch.no_grad()
+    def see(self, shown: Shown) -> None:
+        """Processes the supports of one class once, for all queries."""
+        positive = (shown.masks != 0).flatten(1).any(1)
+        use = torch.ones_like(positive) if self.method.negative_supports else positive
+        shown.seen = self.method.see(shown.images[use][None].to(self.device), shown.masks[use][None].to(self.device))
+
+    def calibrate(self) -> None:
+        """Finds from supports and negatives from which score on a class counts as present."""
+        for name, shown in self.shown.items():
+            others = [other for another, other in self.shown.items() if another != name]
+            shown.presence = calibrated(self, shown, others)
+
+    # Queries
+
+    def predict(
+        self, images: AnyImage | Iterable[AnyImage], tile: int | str | None = "auto", gate: bool = True
+    ) -> Result | Iterator[Result]:
+        """Segments images.
+
+        Args:
+            images: one image as in `fit`; or a folder, or several images, of which the results come one by one.
+            tile: side in pixels of the tiles into which a large image is cut, so that small objects are found; "auto"
+                takes the supports' side if the image is more than twice as large; None never cuts.
+            gate: leave out classes that are not present, see `Result.presences`.
+
+        Raises:
+            SettingError: no class was shown.
+            ImageError: a file cannot be read.
+        """
+        if not self.shown:
+            raise SettingError("No class was shown: call fit, or load a class file.")
+        if isinstance(images, (str, Path)) and Path(images).is_dir():
+            return (self.result(as_image(path), tile, gate) for path in image_files(Path(images)))
+        if isinstance(images, Iterable) and not isinstance(images, (str, np.ndarray, Tensor)):
+            return (self.result(as_image(image), tile, gate) for image in images)
+        return self.result(as_image(images), tile, gate)
+
+    @torch.no_grad()
+    def result(self, image: Tensor, tile: int | str | None, gate: bool) -> Result:
+        """The result of one image (3, H, W) uint8."""
+        begun = time.perf_counter()
+        side = self.tile_side(image, tile)
+        found = self.piece(image, gate) if side is None else tiles.joined(self, image, side, gate)
+        presences = dict(zip(self.classes, found.presences, strict=True))
+        return Result(found.mask, found.score, presences, self.classes, time.perf_counter() - begun)
+
+    def piece(self, image: Tensor, gate: bool) -> tiles.Piece:
+        """What is found in an image, or in a tile of one, that is seen at once."""
+        score_CHW, feats = self.scores(image)
+        presences = [
+            float(shown.presence(score, feats)) if shown.presence else 1.0
+            for shown, score in zip(self.shown.values(), score_CHW, strict=True)
+        ]
+        score_CHW = self.at(score_CHW, (image.shape[-2], image.shape[-1]))
+        if gate:
+            absent = [k for k, value in enumerate(presences) if value < PRESENT]
+            score_CHW[absent] = score_CHW[absent].clamp(max=0.5)
+        best, label = score_CHW.max(0)
+        mask = torch.where(best > 0.5, label + 1, 0).to(torch.uint8)
+        return tiles.Piece(mask.cpu().numpy(), best.half().cpu().numpy(), presences)
+
+    def tile_side(self, image: Tensor, tile: int | str | None) -> int | None:
+        """The side of the tiles in pixels; None if the image is not cut."""
+        longest = max(image.shape[-2:])
+        if tile == "auto":
+            shown = max(each.side for each in self.shown.values())
+            tile = shown if longest > 2 * shown else None
+        if tile is not None and (not isinstance(tile, int) or tile < 64):
+            raise SettingError(f"tile must be auto, none or a side of at least 64 pixels, not {tile!r}.")
+        return tile if tile is not None and tile < longest else None
+
+    def scores(self, image: Tensor) -> tuple[Tensor, Features]:
+        """The probability of each class at the network's size, and the features they come from.
+
+        Args:
+            image: (3, h, w) uint8 of any size.
+
+        Returns:
+            (C, H, W) float32 in 0..1, and the query's features. Where the method's mask has foreground, it is > 0.5.
+        """
+        query = self.frame.image(image)[None].to(self.device)
+        self.method.check_sides((query.shape[-2], query.shape[-1]))
+        feats = self.method.backbone_pass(query, self.method.query_reads)
+        return torch.stack([self.score(feats, shown.seen) for shown in self.shown.values()]), feats
+
+    def score(self, feats: Features, seen: Any) -> Tensor:
+        """The probability (H, W) of one class, from features of one query."""
+        size, head = self.frame.size, self.method.head
+        score = head.segment(feats, repeated(seen, 1), size).float().softmax(1)[0, 1]
+        if type(head).mask is not Head.mask:  # for example, the shots vote: their mask is not that of the logits
+            mask = head.mask(feats, repeated(seen, 1), size)[0]
+            score = torch.where(mask, score.clamp(min=0.5001), score.clamp(max=0.5))
+        return score
+
+    def at(self, score_CHW: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scores at the network's size -> (C, h, w) of an image of `size` h, w."""
+        height, width = self.frame.inside(size)
+        return interpolate(score_CHW[None, :, :height, :width], size, mode="bilinear")[0]
+
+    def save(self, path: str | Path) -> None:
+        """Writes a class file: the method and the supports at the network's size, without any pickle.
+
+        It holds the reduced photos of the supports. `Segmenter.load` reads it back.
+
+        Raises:
+            SettingError: no class was shown.
+        """
+        if not self.shown:
+            raise SettingError("No class was shown, so there is nothing to save.")
+        classfile.write(Path(path), Built(self.method, self.recipe), self.frame.keep_aspect, self.shown)
+
+
+def chosen_device() -> str:
+    """The accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found else "cpu"
