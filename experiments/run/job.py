@@ -1,4 +1,4 @@
-"""One job: `run.py` hands it the composed config, and it trains and tests, tests alone, or pretrains a backbone."""
+"""One job: `run.py` hands it the composed config, and it trains and tests, tests alone, pretrains a backbone, or segments images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from experiments.errors import UserError
 from experiments.run.failures import explained
+from experiments.run.predicting import predict
 from experiments.run.pretraining import pretrain
 from experiments.run.training import train_and_test
 from experiments.sweep import jobs
@@ -16,6 +17,7 @@ MODES: dict[str, Callable[[DictConfig, Path], float]] = {
     "train": train_and_test,
     "test": train_and_test,
     "pretrain": pretrain,
+    "predict": predict,
 }
 
 

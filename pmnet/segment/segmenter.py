@@ -7,6 +7,7 @@
 Suffixes of tensor names as in `pmnet/methods/base.py`; C counts classes here.
 """
 
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pmnet.segment import classfile, marks, tiles
 from pmnet.segment.images import AnyImage, Frame, as_image, as_mask, image_files
 from pmnet.segment.presence import PRESENT, Presence, calibrated
 from pmnet.segment.recipe import DEFAULT, Built, build
+from pmnet.version import VERSION
 
 Example = tuple[AnyImage, AnyImage | marks.Mark]
 
@@ -293,6 +295,19 @@ class Segmenter:
         """Scores at the network's size -> (C, h, w) of an image of `size` h, w."""
         height, width = self.frame.inside(size)
         return interpolate(score_CHW[None, :, :height, :width], size, mode="bilinear")[0]
+
+    def described(self) -> dict[str, Any]:
+        """What the masks depend on, in plain values."""
+        shown = hashlib.sha256()
+        for each in self.shown.values():
+            shown.update(each.images.numpy().tobytes() + each.masks.numpy().tobytes())
+        facts = {
+            "head": self.recipe["name"],
+            "model": self.recipe["model"],
+            "backbone": self.recipe["needs"]["backbone"],
+        }
+        sides = {"image_size": list(self.frame.size), "keep_aspect": self.frame.keep_aspect}
+        return facts | sides | {"classes": list(self.classes), "supports_sha256": shown.hexdigest(), "pmnet": VERSION}
 
     def save(self, path: str | Path) -> None:
         """Writes a class file: the method and the supports at the network's size, without any pickle.
