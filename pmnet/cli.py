@@ -3,8 +3,8 @@
 pmnet segment --support examples/ --images photos/ --out masks/
 pmnet info outputs/<run>/checkpoints/best.ckpt
 
-A command is a module in `pmnet/segment/commands/` with `HELP`, `options(parser)` and `run(arguments)`, which returns the
-exit code; heavy imports stand in `run`.
+A command is a module in `pmnet/segment/commands/` with `HELP`, `options(parser)` and `run(arguments)`, which returns
+the exit code; heavy imports stand in `run`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""One job: `run.py` hands it the composed config, and it trains and tests, tests alone, pretrains a backbone, or segments images."""
+"""One job: it does with a composed config what its mode says."""
 
 from collections.abc import Callable
 from pathlib import Path

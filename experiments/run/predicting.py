@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from omegaconf import DictConfig
+from pmnet.segment.formats import supports_of
 
 from experiments.errors import UserError
 from experiments.files import write_json
 from experiments.run import results
 from pmnet.segment.commands.segment import tile_of
 from pmnet.segment.folder import segment_folder
-from pmnet.segment.formats import supports_of
 from pmnet.segment.images import image_files
 from pmnet.segment.recipe import DEFAULT
 from pmnet.segment.segmenter import Segmenter
