@@ -10,21 +10,21 @@ Suffixes of tensor names as in `pmnet/methods/base.py`; C counts classes here.
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pmnet.backbones.base import Features
+from pmnet.backbones.base import Features, union
 from pmnet.errors import SettingError
-from pmnet.methods.base import Head, repeated
+from pmnet.methods.base import Head, pick, repeated
 from pmnet.segment import classfile, marks, tiles
 from pmnet.segment.images import AnyImage, Frame, as_image, as_mask, image_files
-from pmnet.segment.presence import PRESENT, Presence, calibrated
+from pmnet.segment.presence import PRESENT, Presence, calibrated, evidence, prototype
 from pmnet.segment.recipe import DEFAULT, Built, build
 from pmnet.version import VERSION
 
@@ -68,13 +68,15 @@ class Shown:
         masks: (K, H, W) uint8, 0 or 1; all 0 in an image that shows none of it.
         side: of the longest support, in pixels, before resizing.
         seen: the method's output of `see`, for one episode.
-        presence: how a score of the image follows from the prediction.
+        prototype: (C,), see `presence.py`.
+        presence: the score of whether an image shows the class.
     """
 
     images: Tensor
     masks: Tensor
     side: int
     seen: Any = None
+    prototype: Tensor = field(default_factory=lambda: torch.zeros(0))
     presence: Presence | None = None
 
 
@@ -101,6 +103,7 @@ class Segmenter:
         self.recipe = built.recipe
         self.device = torch.device(chosen_device() if device == "auto" else device)
         self.method = built.method.to(self.device).eval()
+        self.layer = list(self.method.backbone.blocks)[-1]
         self.frame = Frame(tuple(self.recipe["image_size"]), keep_aspect)
         self.shown: dict[str, Shown] = {}
 
@@ -201,7 +204,10 @@ class Segmenter:
         """Processes the supports of one class once, for all queries."""
         positive = (shown.masks != 0).flatten(1).any(1)
         use = torch.ones_like(positive) if self.method.negative_supports else positive
-        shown.seen = self.method.see(shown.images[use][None].to(self.device), shown.masks[use][None].to(self.device))
+        images, masks = shown.images.to(self.device), shown.masks.to(self.device)
+        shown.seen = self.method.see(images[use][None], masks[use][None])
+        feats = self.method.backbone_pass(images[positive], {self.layer: "last"})
+        shown.prototype = prototype(self.deepest(feats), masks[positive])
 
     def calibrate(self) -> None:
         """Finds from supports and negatives from which score on a class counts as present."""
@@ -211,6 +217,12 @@ class Segmenter:
 
     # Queries
 
+    @overload
+    def predict(self, images: AnyImage, tile: int | str | None = "auto", gate: bool = True) -> Result: ...
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self, images: Iterable[AnyImage], tile: int | str | None = "auto", gate: bool = True
+    ) -> Iterator[Result]: ...
     def predict(
         self, images: AnyImage | Iterable[AnyImage], tile: int | str | None = "auto", gate: bool = True
     ) -> Result | Iterator[Result]:
@@ -245,9 +257,10 @@ class Segmenter:
 
     def piece(self, image: Tensor, gate: bool) -> tiles.Piece:
         """What is found in an image, or in a tile of one, that is seen at once."""
-        score_CHW, feats = self.scores(image)
+        feats = self.features(self.frame.image(image))
+        score_CHW = torch.stack([self.score(feats, shown.seen) for shown in self.shown.values()])
         presences = [
-            float(shown.presence(score, feats)) if shown.presence else 1.0
+            shown.presence(evidence(score, self.deepest(feats)[0], shown.prototype)) if shown.presence else 1.0
             for shown, score in zip(self.shown.values(), score_CHW, strict=True)
         ]
         score_CHW = self.at(score_CHW, (image.shape[-2], image.shape[-1]))
@@ -268,23 +281,19 @@ class Segmenter:
             raise SettingError(f"tile must be auto, none or a side of at least 64 pixels, not {tile!r}.")
         return tile if tile is not None and tile < longest else None
 
-    def scores(self, image: Tensor) -> tuple[Tensor, Features]:
-        """The probability of each class at the network's size, and the features they come from.
-
-        Args:
-            image: (3, h, w) uint8 of any size.
-
-        Returns:
-            (C, H, W) float32 in 0..1, and the query's features. Where the method's mask has foreground, it is > 0.5.
-        """
-        query = self.frame.image(image)[None].to(self.device)
+    def features(self, image: Tensor) -> Features:
+        """What the head and the presence score read of one query (3, H, W) uint8 at the network's size."""
+        query = image[None].to(self.device)
         self.method.check_sides((query.shape[-2], query.shape[-1]))
-        feats = self.method.backbone_pass(query, self.method.query_reads)
-        return torch.stack([self.score(feats, shown.seen) for shown in self.shown.values()]), feats
+        return self.method.backbone_pass(query, union(self.method.query_reads, {self.layer: "last"}))
+
+    def deepest(self, feats: Features) -> Tensor:
+        """The last feature of the deepest stage (B, C, h, w)."""
+        return feats[self.layer][-1]
 
     def score(self, feats: Features, seen: Any) -> Tensor:
         """The probability (H, W) of one class, from features of one query."""
-        size, head = self.frame.size, self.method.head
+        size, head, feats = self.frame.size, self.method.head, pick(feats, self.method.query_reads)
         score = head.segment(feats, repeated(seen, 1), size).float().softmax(1)[0, 1]
         if type(head).mask is not Head.mask:  # for example, the shots vote: their mask is not that of the logits
             mask = head.mask(feats, repeated(seen, 1), size)[0]
