@@ -1,0 +1,424 @@
+"""The page of `pmnet serve`: examples on the left, photos and what was found in them on the right."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi import FastAPI
+from nicegui import app, events, run, ui
+from nicegui.element import Element
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pmnet.errors import PMNetError, SettingError
+from pmnet.segment.presence import PRESENT
+from pmnet.segment.segmenter import Segmenter
+from pmnet.segment.session import MAX_FILES, Example, Photo, Session, Stroke, jpeg, tinted
+
+T = TypeVar("T")
+MEGABYTE = 1_000_000
+MAX_BYTES, MAX_TOTAL = 50 * MEGABYTE, 500 * MEGABYTE  # of one file, and of those dropped at once
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STYLE = """
+  .nicegui-content { max-width: 1500px; margin: auto; }
+  .q-uploader { width: 100%; max-height: none; border: 2px dashed #8884; background: none; box-shadow: none; }
+  .q-uploader__header { background: none; color: inherit; }
+  .q-uploader__list { display: none; }
+  .q-uploader__subtitle { display: none; }
+  .paint { position: relative; line-height: 0; border-radius: 4px; overflow: hidden; }
+  .paint img { width: 100%; }
+  .paint canvas { position: absolute; inset: 0; width: 100%; height: 100%; opacity: 0.55; touch-action: none; }
+  .found { width: 100%; border-radius: 4px; }
+"""
+
+
+class Paint(Element, component="paint.js"):
+    """An example's photo, to paint its mask on."""
+
+    def __init__(self, example: Example, tool: str, size: float) -> None:
+        super().__init__()
+        self.example = example
+        width, height = example.preview.size
+        self._props.update(photo=jpeg(example.preview), width=width, height=height, tool=tool, size=size)
+        self.show()
+
+    def show(self) -> None:
+        """Draws the mask of the example."""
+        base = self.example.base
+        self._props["base"] = "" if base is None else tinted(base, self.example.preview.size)
+        self._props["strokes"] = list(self.example.strokes)
+        self.update()
+
+
+class Page:
+    """What one tab shows.
+
+    Args:
+        session: what the tab works on.
+        lock: held while the method computes; one for all tabs.
+    """
+
+    def __init__(self, session: Session, lock: asyncio.Lock) -> None:
+        self.session, self.lock = session, lock
+        self.paints: list[Paint] = []
+        self.cards: list[PhotoCard] = []
+        ui.add_css(STYLE)
+        with ui.row().classes("w-full items-baseline"):
+            ui.label("Segment by example").classes("text-2xl font-medium")
+            ui.label(f"head {session.segmenter.recipe['name']}, on {session.segmenter.device.type}").classes(
+                "opacity-60"
+            )
+        with ui.grid().classes("w-full grid-cols-1 md:grid-cols-[minmax(320px,440px)_1fr] gap-6 items-start"):
+            with ui.column().classes("w-full gap-3"):
+                self.build_examples()
+            with ui.column().classes("w-full gap-3"):
+                self.build_photos()
+        self.list_examples()
+        self.list_photos()
+
+    # Layout
+
+    def build_examples(self) -> None:
+        heading("1", "Show it the object", "Drop a few photos and paint the object in each, or drop masks with them.")
+        self.drop("Example photos", self.drop_examples).mark("examples")
+        ui.input("Name of the object", on_change=self.rename).bind_value(self.session, "name").classes("w-full")
+        with ui.row().classes("w-full items-center gap-4 no-wrap") as self.tools:
+            choices = {"brush": "Brush", "outline": "Outline", "erase": "Erase"}
+            self.tool = ui.toggle(choices, value="brush", on_change=self.choose).props("no-caps dense unelevated")
+            self.size = ui.slider(min=0.01, max=0.2, step=0.005, value=0.05, on_change=self.choose)
+            self.size.tooltip("Width of the brush")
+        self.examples = ui.column().classes("w-full gap-4")
+
+    def build_photos(self) -> None:
+        heading("2", "Drop photos", "The object is marked in each. Move the threshold to take in more or less.")
+        self.drop("Photos to segment", self.drop_photos).mark("photos")
+        with ui.row().classes("w-full items-center gap-6"):
+            self.button = ui.button("Segment", on_click=self.segment).props("no-caps unelevated")
+            with ui.row().classes("items-center no-wrap grow gap-4"):
+                ui.label("Threshold")
+                self.threshold = ui.slider(min=0.01, max=0.99, step=0.01, value=0.5, on_change=self.redraw)
+                self.threshold.classes("grow").props("label")
+            self.absent = ui.switch("Mark it where it seems absent", on_change=self.redraw)
+        with ui.row().classes("gap-3"):
+            save = ui.button("Masks (.zip)", icon="download", on_click=self.save_masks).props("no-caps outline")
+            save.tooltip("One PNG for each photo, at the photo's size: 0 = none, 1 = object")
+            save = ui.button("Class file", icon="download", on_click=self.save_class).props("no-caps outline")
+            save.tooltip("The method and your examples in one file, for Segmenter.load and pmnet segment --classes")
+        self.photos = ui.grid().classes("w-full grid-cols-1 sm:grid-cols-2 xl:grid-cols-3 gap-4")
+
+    def drop(self, label: str, handler: events.Handler[events.MultiUploadEventArguments]) -> ui.upload:
+        """A place to drop files."""
+        return ui.upload(
+            label=f"{label}: drop them here, or press +",
+            multiple=True, auto_upload=True, max_file_size=MAX_BYTES, max_total_size=MAX_TOTAL, max_files=MAX_FILES,
+            on_multi_upload=handler, on_rejected=rejected,
+        ).props("flat")  # fmt: skip
+
+    # Examples
+
+    async def drop_examples(self, event: events.MultiUploadEventArguments) -> None:
+        with told():
+            await aside(self.session.add_examples, await contents(event))
+        event.sender.run_method("reset")
+        self.list_examples()
+
+    async def drop_mask(self, event: events.MultiUploadEventArguments, paint: Paint) -> None:
+        [(name, content)] = await contents(event)
+        with told():
+            await aside(self.session.add_mask, paint.example, name, content)
+        event.sender.run_method("reset")
+        paint.show()
+
+    def list_examples(self) -> None:
+        self.examples.clear()
+        self.tools.set_visibility(bool(self.session.examples))
+        with self.examples:
+            self.paints = [self.example_card(example) for example in self.session.examples]
+            if not self.session.examples and self.session.ready:
+                ui.label(f"'{self.session.name}' comes from the class file. Examples take its place.")
+
+    def example_card(self, example: Example) -> Paint:
+        with ui.column().classes("w-full gap-1"):
+            paint = Paint(example, self.tool.value, self.size.value)
+            paint.on("stroke", lambda event: self.painted(paint, event.args)).classes("w-full")
+            with ui.row().classes("w-full items-center gap-1 no-wrap"):
+                ui.label(example.name).classes("grow truncate opacity-70")
+                file = ui.upload(
+                    auto_upload=True, max_file_size=MAX_BYTES, on_rejected=rejected,
+                    on_multi_upload=lambda event: self.drop_mask(event, paint),
+                ).classes("hidden").mark("mask")  # fmt: skip
+                small_button("Mask file", lambda: file.run_method("pickFiles"), "Take the mask from a file")
+                small_button("Undo", lambda: self.undo(paint, 1))
+                small_button("Clear", lambda: self.undo(paint, len(example.strokes), True))
+                small_button("Remove", lambda: self.remove_example(example))
+        return paint
+
+    def painted(self, paint: Paint, stroke: Stroke) -> None:
+        paint.example.strokes.append(stroke)
+        self.session.changed = True
+        paint.show()
+
+    def undo(self, paint: Paint, count: int, base: bool = False) -> None:
+        """Takes back the last strokes, and the uploaded mask too if `base`."""
+        del paint.example.strokes[len(paint.example.strokes) - count :]
+        paint.example.base = None if base else paint.example.base
+        self.session.changed = True
+        paint.show()
+
+    def remove_example(self, example: Example) -> None:
+        self.session.examples.remove(example)
+        self.session.changed = True
+        self.list_examples()
+
+    def choose(self) -> None:
+        for paint in self.paints:
+            paint.props["tool"], paint.props["size"] = self.tool.value, self.size.value
+
+    def rename(self) -> None:
+        self.session.changed = self.session.changed or bool(self.session.examples)
+
+    # Photos
+
+    async def drop_photos(self, event: events.MultiUploadEventArguments) -> None:
+        with told():
+            await aside(self.session.add_photos, await contents(event))
+        event.sender.run_method("reset")
+        self.list_photos()
+        if self.session.ready:
+            await self.segment()
+
+    def list_photos(self) -> None:
+        """Adds cards of the photos that have none."""
+        with self.photos:
+            self.cards += [PhotoCard(self, photo) for photo in self.session.photos[len(self.cards) :]]
+
+    async def segment(self) -> None:
+        """Shows the examples to the method if they changed, and segments the photos that need it."""
+        self.button.props("loading")
+        try:
+            with told():
+                async with self.lock:
+                    if not self.session.ready:
+                        await aside(self.session.fit)
+                if not self.cards:
+                    ui.notify("Ready: now drop photos to segment.")
+                while card := next((card for card in self.cards if card.photo.score is None), None):
+                    async with self.lock:
+                        await aside(self.session.segment, card.photo)
+                    await card.draw()
+        finally:
+            self.button.props(remove="loading")
+
+    async def redraw(self) -> None:
+        """Draws all masks with the threshold; nothing is predicted again."""
+        wanted = self.setting
+        for card in self.cards:
+            if self.setting != wanted:
+                return  # the slider moved on
+            await card.draw()
+
+    @property
+    def setting(self) -> tuple[float, bool]:
+        return self.threshold.value, self.absent.value
+
+    async def save_masks(self) -> None:
+        with told():
+            ui.download.file(await aside(self.session.masks, *self.setting), "masks.zip")
+
+    async def save_class(self) -> None:
+        with told():
+            async with self.lock:
+                file = await aside(self.session.class_file)
+            ui.download.file(file, file.name)
+
+
+class PhotoCard:
+    """A photo with what was found in it."""
+
+    def __init__(self, page: Page, photo: Photo) -> None:
+        self.page, self.photo = page, photo
+        with ui.column().classes("w-full gap-1") as self.card:
+            self.picture = ui.element("img").classes("found")
+            with ui.row().classes("w-full items-center gap-1 no-wrap"):
+                ui.label(photo.name).classes("grow truncate opacity-70")
+                self.found = ui.label().classes("whitespace-nowrap")
+                small_button("Remove", self.remove)
+        self.show(*self.drawn())
+
+    async def draw(self) -> None:
+        self.show(*await aside(self.drawn))
+
+    def drawn(self) -> tuple[str, float]:
+        image, share = self.photo.overlay(*self.page.setting)
+        return jpeg(image), share
+
+    def show(self, picture: str, share: float) -> None:
+        self.picture.props["src"] = picture
+        if self.photo.score is None:
+            self.found.text = "not segmented yet"
+            return
+        seems = "seems absent" if self.photo.presence < PRESENT else f"{share:.1%} of the photo"
+        self.found.text = f"{seems}, {self.photo.seconds:.2f} s"
+
+    def remove(self) -> None:
+        self.page.session.photos.remove(self.photo)
+        self.page.cards.remove(self)
+        self.card.delete()
+
+
+def heading(number: str, title: str, text: str) -> None:
+    with ui.row().classes("items-center gap-3 no-wrap"):
+        ui.avatar(number, size="md", color="primary", text_color="white")
+        ui.label(title).classes("text-lg font-medium")
+    ui.label(text).classes("opacity-70")
+
+
+def small_button(text: str, handler: events.Handler[events.ClickEventArguments], tooltip: str = "") -> None:
+    button = ui.button(text, on_click=handler).props("flat dense no-caps size=sm")
+    if tooltip:
+        button.tooltip(tooltip)
+
+
+async def aside(function: Callable[..., T], *arguments: Any) -> T:
+    """Runs a function in a thread, so that the page goes on."""
+    return await asyncio.get_running_loop().run_in_executor(run.thread_pool, function, *arguments)
+
+
+async def contents(event: events.MultiUploadEventArguments) -> list[tuple[str, bytes]]:
+    """The names and the contents of uploaded files."""
+    return [(file.name, await file.read()) for file in event.files]
+
+
+def rejected() -> None:
+    say(f"Not uploaded: at most {MAX_FILES} files at once, of at most {MAX_BYTES // MEGABYTE} MB each.")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Shows an error as one message on the page."""
+    try:
+        yield
+    except PMNetError as error:
+        say(str(error))
+    except Exception as error:
+        say(f"An unexpected error ({error or type(error).__name__}); the terminal says more.")
+        raise
+
+
+def say(message: str) -> None:
+    ui.notify(message, type="negative", position="top", multi_line=True, close_button="Close", timeout=15_000)
+
+
+# The server
+
+
+class Guard:
+    """Refuses requests that other sites make through the browser, and those that are too large.
+
+    Args:
+        hosts: names by which the server may be called; none allows all.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: tuple[str, ...]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self.refusal(Headers(scope=scope)) if scope["type"] in ("http", "websocket") else None
+        await (refusal or self.app)(scope, receive, send)
+
+    def refusal(self, headers: Headers) -> PlainTextResponse | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        length = headers.get("content-length", "0" if "transfer-encoding" not in headers else "unknown")
+        if self.hosts and re.sub(r":\d+$", "", host).strip("[]") not in self.hosts:
+            return PlainTextResponse("This name is not served.", 403)
+        if origin and origin.partition("://")[2] != host:
+            return PlainTextResponse("Other sites may not use this page.", 403)
+        if not length.isdecimal() or int(length) > MAX_TOTAL + MEGABYTE:
+            return PlainTextResponse("Too large.", 413)
+        return None
+
+
+def serve(segmenter: Segmenter, host: str, port: int, browser: bool) -> None:
+    """Serves the page until SIGINT or SIGTERM.
+
+    Args:
+        segmenter: its method serves all tabs.
+        host: address to listen at.
+        port: 0 takes any free one.
+        browser: open the page in the browser.
+
+    Raises:
+        SettingError: the address cannot be used.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    lock = asyncio.Lock()
+    try:
+        with TemporaryDirectory(prefix="pmnet-") as folder, listening(host, port) as listener:
+            tempfile.tempdir = folder  # where large uploads go first
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    application(segmenter, Path(folder), lock, () if host not in LOOPBACK else LOOPBACK),
+                    log_level="warning", ws="wsproto", timeout_graceful_shutdown=2,
+                )
+            )  # fmt: skip
+            name = f"[{host}]" if ":" in host else host
+            address = f"http://{name}:{listener.getsockname()[1]}/"
+            print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
+            if browser:
+                threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+            server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        tempfile.tempdir = None
+    print("The page is closed.", flush=True)
+    if lock.locked():  # a photo in work would keep the process until it is done
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def application(segmenter: Segmenter, folder: Path, lock: asyncio.Lock, hosts: tuple[str, ...]) -> FastAPI:
+    """The server's program: one session for each tab, which survives a reload."""
+    sessions: dict[str, Session] = {}
+
+    @ui.page("/")
+    async def page() -> None:
+        client = ui.context.client
+        await client.connected()
+        tab = app.storage.tab
+        if "session" not in tab:
+            tab["session"] = f"{len(sessions)}"
+            sessions[tab["session"]] = Session(segmenter, folder / tab["session"])
+        Page(sessions[tab["session"]], lock)
+
+    outer = FastAPI(openapi_url=None)
+    outer.add_middleware(Guard, hosts=hosts)
+    ui.run_with(
+        outer, title="PMNet", dark=None, message_history_length=0, show_welcome_message=False, reconnect_timeout=30
+    )
+    return outer
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Raises SettingError where the address cannot be used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise SettingError(f"Cannot listen at {host}, port {port}: {error}. Choose another one with --port.") from error
+    with listener:
+        yield listener
