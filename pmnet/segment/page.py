@@ -32,16 +32,19 @@ T = TypeVar("T")
 MEGABYTE = 1_000_000
 MAX_BYTES, MAX_TOTAL = 50 * MEGABYTE, 500 * MEGABYTE  # of one file, and of those dropped at once
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CLOSE = [{"label": "Close", "color": "white"}]
 STYLE = """
-  .nicegui-content { max-width: 1500px; margin: auto; }
-  .q-uploader { width: 100%; max-height: none; border: 2px dashed #8884; background: none; box-shadow: none; }
-  .q-uploader__header { background: none; color: inherit; }
-  .q-uploader__list { display: none; }
-  .q-uploader__subtitle { display: none; }
-  .paint { position: relative; line-height: 0; border-radius: 4px; overflow: hidden; }
+  .nicegui-content { max-width: 1500px; margin: auto; padding: 24px; }
+  .q-uploader { width: 100%; max-height: none; border: 2px dashed #8888; border-radius: 8px; }
+  .q-uploader, .q-uploader__header { background: none; box-shadow: none; color: inherit; }
+  .q-uploader--dnd, .q-uploader:hover { border-color: var(--q-primary); }
+  .q-uploader__header { padding: 14px 8px; }
+  .q-uploader__title { font-weight: normal; font-size: 1rem; }
+  .q-uploader__list, .q-uploader__subtitle { display: none; }
+  .paint { position: relative; line-height: 0; border-radius: 6px; overflow: hidden; }
   .paint img { width: 100%; }
   .paint canvas { position: absolute; inset: 0; width: 100%; height: 100%; opacity: 0.55; touch-action: none; }
-  .found { width: 100%; border-radius: 4px; }
+  .found { width: 100%; border-radius: 6px; cursor: zoom-in; }
 """
 
 
@@ -68,11 +71,10 @@ class Page:
 
     Args:
         session: what the tab works on.
-        lock: held while the method computes; one for all tabs.
     """
 
-    def __init__(self, session: Session, lock: asyncio.Lock) -> None:
-        self.session, self.lock = session, lock
+    def __init__(self, session: Session) -> None:
+        self.session = session
         self.paints: list[Paint] = []
         self.cards: list[PhotoCard] = []
         ui.add_css(STYLE)
@@ -92,27 +94,41 @@ class Page:
     # Layout
 
     def build_examples(self) -> None:
-        heading("1", "Show it the object", "Drop a few photos and paint the object in each, or drop masks with them.")
+        heading(
+            1,
+            "Show the object",
+            "Drop one or a few photos and paint the object in each. If you have masks, drop them too: NAME.png or "
+            "NAME_mask.png belongs to NAME.jpg.",
+        )
         self.drop("Example photos", self.drop_examples).mark("examples")
         ui.input("Name of the object", on_change=self.rename).bind_value(self.session, "name").classes("w-full")
         with ui.row().classes("w-full items-center gap-4 no-wrap") as self.tools:
             choices = {"brush": "Brush", "outline": "Outline", "erase": "Erase"}
-            self.tool = ui.toggle(choices, value="brush", on_change=self.choose).props("no-caps dense unelevated")
+            self.tool = ui.toggle(choices, value="brush", on_change=self.choose).props(
+                "no-caps unelevated padding='6px 12px'"
+            )
             self.size = ui.slider(min=0.01, max=0.2, step=0.005, value=0.05, on_change=self.choose)
             self.size.tooltip("Width of the brush")
         self.examples = ui.column().classes("w-full gap-4")
 
     def build_photos(self) -> None:
-        heading("2", "Drop photos", "The object is marked in each. Move the threshold to take in more or less.")
+        heading(
+            2,
+            "Find it in photos",
+            "The object is marked in each photo. A lower threshold takes in more, a higher one less; photos are not "
+            "segmented again for that.",
+        )
         self.drop("Photos to segment", self.drop_photos).mark("photos")
         with ui.row().classes("w-full items-center gap-6"):
             self.button = ui.button("Segment", on_click=self.segment).props("no-caps unelevated")
             with ui.row().classes("items-center no-wrap grow gap-4"):
-                ui.label("Threshold")
+                label = ui.label().classes("whitespace-nowrap")
                 self.threshold = ui.slider(min=0.01, max=0.99, step=0.01, value=0.5, on_change=self.redraw)
-                self.threshold.classes("grow").props("label")
-            self.absent = ui.switch("Mark it where it seems absent", on_change=self.redraw)
-        with ui.row().classes("gap-3"):
+                self.threshold.classes("grow")
+                label.bind_text_from(self.threshold, "value", lambda value: f"Threshold {value:.2f}")
+            self.absent = ui.switch("Show masks where it seems absent too", on_change=self.redraw)
+        with ui.row().classes("items-center gap-3"):
+            ui.label("Save")
             save = ui.button("Masks (.zip)", icon="download", on_click=self.save_masks).props("no-caps outline")
             save.tooltip("One PNG for each photo, at the photo's size: 0 = none, 1 = object")
             save = ui.button("Class file", icon="download", on_click=self.save_class).props("no-caps outline")
@@ -127,18 +143,25 @@ class Page:
             on_multi_upload=handler, on_rejected=rejected,
         ).props("flat")  # fmt: skip
 
+    async def stored(self, event: events.MultiUploadEventArguments) -> list[tuple[str, Path]]:
+        """Writes uploads into the session's folder. Returns the name and the place of each."""
+        files = [(file, self.session.place()) for file in event.files]
+        for file, path in files:
+            await file.save(path)
+        return [(file.name, path) for file, path in files]
+
     # Examples
 
     async def drop_examples(self, event: events.MultiUploadEventArguments) -> None:
         with told():
-            await aside(self.session.add_examples, await contents(event))
+            await aside(self.session.add_examples, await self.stored(event))
         event.sender.run_method("reset")
         self.list_examples()
 
     async def drop_mask(self, event: events.MultiUploadEventArguments, paint: Paint) -> None:
-        [(name, content)] = await contents(event)
         with told():
-            await aside(self.session.add_mask, paint.example, name, content)
+            for name, path in await self.stored(event):
+                await aside(self.session.add_mask, paint.example, name, path)
         event.sender.run_method("reset")
         paint.show()
 
@@ -194,7 +217,7 @@ class Page:
 
     async def drop_photos(self, event: events.MultiUploadEventArguments) -> None:
         with told():
-            await aside(self.session.add_photos, await contents(event))
+            await aside(self.session.add_photos, await self.stored(event))
         event.sender.run_method("reset")
         self.list_photos()
         if self.session.ready:
@@ -210,14 +233,12 @@ class Page:
         self.button.props("loading")
         try:
             with told():
-                async with self.lock:
-                    if not self.session.ready:
-                        await aside(self.session.fit)
+                if not self.session.ready:
+                    await aside(self.session.fit)
                 if not self.cards:
                     ui.notify("Ready: now drop photos to segment.")
                 while card := next((card for card in self.cards if card.photo.score is None), None):
-                    async with self.lock:
-                        await aside(self.session.segment, card.photo)
+                    await aside(self.session.segment, card.photo)
                     await card.draw()
         finally:
             self.button.props(remove="loading")
@@ -240,8 +261,7 @@ class Page:
 
     async def save_class(self) -> None:
         with told():
-            async with self.lock:
-                file = await aside(self.session.class_file)
+            file = await aside(self.session.class_file)
             ui.download.file(file, file.name)
 
 
@@ -251,11 +271,12 @@ class PhotoCard:
     def __init__(self, page: Page, photo: Photo) -> None:
         self.page, self.photo = page, photo
         with ui.column().classes("w-full gap-1") as self.card:
-            self.picture = ui.element("img").classes("found")
+            self.picture = ui.element("img").classes("found").on("click", self.enlarge)
             with ui.row().classes("w-full items-center gap-1 no-wrap"):
                 ui.label(photo.name).classes("grow truncate opacity-70")
                 self.found = ui.label().classes("whitespace-nowrap")
                 small_button("Remove", self.remove)
+                self.facts = ui.tooltip("")
         self.show(*self.drawn())
 
     async def draw(self) -> None:
@@ -270,8 +291,20 @@ class PhotoCard:
         if self.photo.score is None:
             self.found.text = "not segmented yet"
             return
-        seems = "seems absent" if self.photo.presence < PRESENT else f"{share:.1%} of the photo"
-        self.found.text = f"{seems}, {self.photo.seconds:.2f} s"
+        absent, found = self.photo.presence < PRESENT, f"{share:.1%} of the photo"
+        self.found.text = (
+            found if not absent else f"seems absent; {found}" if self.page.absent.value else "seems absent"
+        )
+        self.facts.text = (
+            f"{self.photo.name}: presence {self.photo.presence:.2f}, segmented in {self.photo.seconds:.2f} s"
+        )
+
+    async def enlarge(self) -> None:
+        picture = jpeg(await aside(self.photo.large, *self.page.setting))
+        with ui.dialog(value=True).props("maximized") as dialog, ui.card().classes("items-center justify-center"):
+            shown = ui.element("img").classes("cursor-zoom-out").on("click", dialog.close)
+            shown.style("max-width: 100%; max-height: 100%").props["src"] = picture
+        dialog.on("hide", dialog.delete)
 
     def remove(self) -> None:
         self.page.session.photos.remove(self.photo)
@@ -279,15 +312,16 @@ class PhotoCard:
         self.card.delete()
 
 
-def heading(number: str, title: str, text: str) -> None:
-    with ui.row().classes("items-center gap-3 no-wrap"):
-        ui.avatar(number, size="md", color="primary", text_color="white")
+def heading(number: int, title: str, text: str) -> None:
+    with ui.row().classes("items-center gap-3"):
+        with ui.avatar(size="32px", font_size="18px", color="primary", text_color="white"):
+            ui.label(f"{number}")
         ui.label(title).classes("text-lg font-medium")
     ui.label(text).classes("opacity-70")
 
 
 def small_button(text: str, handler: events.Handler[events.ClickEventArguments], tooltip: str = "") -> None:
-    button = ui.button(text, on_click=handler).props("flat dense no-caps size=sm")
+    button = ui.button(text, on_click=handler).props("flat dense no-caps padding='0 6px'")
     if tooltip:
         button.tooltip(tooltip)
 
@@ -295,11 +329,6 @@ def small_button(text: str, handler: events.Handler[events.ClickEventArguments],
 async def aside(function: Callable[..., T], *arguments: Any) -> T:
     """Runs a function in a thread, so that the page goes on."""
     return await asyncio.get_running_loop().run_in_executor(run.thread_pool, function, *arguments)
-
-
-async def contents(event: events.MultiUploadEventArguments) -> list[tuple[str, bytes]]:
-    """The names and the contents of uploaded files."""
-    return [(file.name, await file.read()) for file in event.files]
 
 
 def rejected() -> None:
@@ -319,7 +348,7 @@ def told() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    ui.notify(message, type="negative", position="top", multi_line=True, close_button="Close", timeout=15_000)
+    ui.notify(message, type="negative", position="top", multi_line=True, timeout=15_000, actions=CLOSE)
 
 
 # The server
@@ -364,7 +393,7 @@ def serve(segmenter: Segmenter, host: str, port: int, browser: bool) -> None:
         SettingError: the address cannot be used.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    lock = asyncio.Lock()
+    lock = threading.Lock()
     try:
         with TemporaryDirectory(prefix="pmnet-") as folder, listening(host, port) as listener:
             tempfile.tempdir = folder  # where large uploads go first
@@ -390,7 +419,7 @@ def serve(segmenter: Segmenter, host: str, port: int, browser: bool) -> None:
         os._exit(0)
 
 
-def application(segmenter: Segmenter, folder: Path, lock: asyncio.Lock, hosts: tuple[str, ...]) -> FastAPI:
+def application(segmenter: Segmenter, folder: Path, lock: threading.Lock, hosts: tuple[str, ...]) -> FastAPI:
     """The server's program: one session for each tab, which survives a reload."""
     sessions: dict[str, Session] = {}
 
@@ -401,8 +430,8 @@ def application(segmenter: Segmenter, folder: Path, lock: asyncio.Lock, hosts: t
         tab = app.storage.tab
         if "session" not in tab:
             tab["session"] = f"{len(sessions)}"
-            sessions[tab["session"]] = Session(segmenter, folder / tab["session"])
-        Page(sessions[tab["session"]], lock)
+            sessions[tab["session"]] = Session(segmenter, folder / tab["session"], lock)
+        Page(sessions[tab["session"]])
 
     outer = FastAPI(openapi_url=None)
     outer.add_middleware(Guard, hosts=hosts)

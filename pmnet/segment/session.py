@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Self, TypedDict
 
 import numpy as np
@@ -26,7 +27,7 @@ from pmnet.segment.recipe import Built
 from pmnet.segment.segmenter import Segmenter
 
 MAX_FILES = 50  # examples, and photos
-PREVIEW = 800  # pixels of the longer side of what the page shows
+PREVIEW, LARGE = 800, 2000  # pixels of the longer side of what the page shows
 TINT = (255, 40, 40)  # of masks that are painted
 
 
@@ -57,7 +58,7 @@ class Upload:
     @classmethod
     def read(cls, name: str, path: Path) -> Self:
         """Raises ImageError where the file cannot be read."""
-        with named(name, path):
+        with named((name, path)):
             pixels = as_image(path)
         preview = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         preview.thumbnail((PREVIEW, PREVIEW))
@@ -100,7 +101,7 @@ class Example(Upload):
             ImageError: the file cannot be read.
             SettingError: it has another size than the photo.
         """
-        with named(name, path):
+        with named((name, path)):
             mask = as_mask(path, self.size)
         self.base, self.strokes = (mask == 1).numpy().astype(np.uint8), []
 
@@ -138,6 +139,12 @@ class Photo(Upload):
         mask = self.above(self.small, threshold, absent)
         return overlay(self.preview, mask, PREVIEW), float(mask.mean())
 
+    def large(self, threshold: float, absent: bool = False) -> Image.Image:
+        """The photo, at most `LARGE` pixels wide and high, with the mask in colour."""
+        photo = Image.fromarray(as_image(self.path).permute(1, 2, 0).numpy())
+        mask = np.zeros(self.size, np.uint8) if self.score is None else self.mask(threshold, absent)
+        return overlay(photo, mask, LARGE)
+
     def above(self, score: np.ndarray, threshold: float, absent: bool) -> np.ndarray:
         return ((score > threshold) & (absent or self.presence >= PRESENT)).astype(np.uint8)
 
@@ -148,18 +155,19 @@ class Session:
     Args:
         segmenter: its method serves all sessions; what each shows it stays apart.
         folder: for the session's files.
+        lock: held while the method computes, so that it does one thing at a time.
 
     Attributes:
         changed: whether the examples changed since they were last shown to the method.
     """
 
-    def __init__(self, segmenter: Segmenter, folder: Path) -> None:
+    def __init__(self, segmenter: Segmenter, folder: Path, lock: Lock) -> None:
         self.segmenter = Segmenter(
             Built(segmenter.method, segmenter.recipe), str(segmenter.device), segmenter.frame.keep_aspect
         )
         self.segmenter.shown = dict(segmenter.shown)
         self.name = segmenter.classes[0] if segmenter.classes else "object"
-        self.folder = folder
+        self.folder, self.lock = folder, lock
         self.folder.mkdir(parents=True)
         self.examples: list[Example] = []
         self.photos: list[Photo] = []
@@ -171,15 +179,16 @@ class Session:
         """Whether photos can be segmented without showing anything first."""
         return bool(self.segmenter.classes) and not self.changed
 
-    def store(self, name: str, content: bytes) -> Path:
-        """Writes an uploaded file under a number: its name is the user's."""
+    def place(self) -> Path:
+        """Where to store the next upload: under a number, as its name is the user's."""
         self.count += 1
-        path = self.folder / f"{self.count:04d}{Path(name).suffix[:6]}"
-        path.write_bytes(content)
-        return path
+        return self.folder / f"{self.count:04d}"
 
-    def add_examples(self, files: list[tuple[str, bytes]]) -> None:
+    def add_examples(self, files: list[tuple[str, Path]]) -> None:
         """Adds photos, and masks whose names say which photo they belong to.
+
+        Args:
+            files: name and place of each upload.
 
         Raises:
             ImageError: a file cannot be read; those before it are added.
@@ -187,27 +196,26 @@ class Session:
         """
         names = [example.name for example in self.examples] + [name for name, _ in files]
         masks = {name for name in names if any(is_mask_of(name, other) for other in names)}
-        for name, content in sorted(files, key=lambda file: file[0] in masks):
+        for name, path in sorted(files, key=lambda file: file[0] in masks):
             if name in masks:
-                example = next(e for e in reversed(self.examples) if is_mask_of(name, e.name))
-                self.add_mask(example, name, content)
-            else:
-                if len(self.examples) >= MAX_FILES:
-                    raise SettingError(f"At most {MAX_FILES} examples fit: {name} was left out.")
-                self.examples.append(Example.read(name, self.store(name, content)))
-                self.changed = True
+                self.add_mask(next(e for e in reversed(self.examples) if is_mask_of(name, e.name)), name, path)
+                continue
+            if len(self.examples) >= MAX_FILES:
+                raise SettingError(f"At most {MAX_FILES} examples fit: {name} was left out.")
+            self.examples.append(Example.read(name, path))
+            self.changed = True
 
-    def add_mask(self, example: Example, name: str, content: bytes) -> None:
+    def add_mask(self, example: Example, name: str, path: Path) -> None:
         """Raises ImageError or SettingError, see `Example.take`."""
-        example.take(name, self.store(name, content))
+        example.take(name, path)
         self.changed = True
 
-    def add_photos(self, files: list[tuple[str, bytes]]) -> None:
+    def add_photos(self, files: list[tuple[str, Path]]) -> None:
         """Raises ImageError where a file cannot be read, SettingError if there are too many; those before are added."""
-        for name, content in files:
+        for name, path in files:
             if len(self.photos) >= MAX_FILES:
                 raise SettingError(f"At most {MAX_FILES} photos fit: {name} was left out.")
-            self.photos.append(Photo.read(name, self.store(name, content)))
+            self.photos.append(Photo.read(name, path))
 
     def fit(self) -> None:
         """Shows the examples to the method; what was found before is forgotten.
@@ -217,19 +225,25 @@ class Session:
         """
         if not self.examples:
             raise SettingError("Add at least one example: drop a photo that shows the object, and paint the object.")
-        masks = [example.mask() for example in self.examples]
-        for example, mask in zip(self.examples, masks, strict=True):
-            if not mask.any():
+        pairs = []
+        for example in self.examples:
+            pairs.append((example.path, example.mask()))
+            if not pairs[-1][1].any():
                 raise SettingError(f"{example.name} has no mask: paint the object, or upload its mask.")
-        pairs = [(example.path, mask) for example, mask in zip(self.examples, masks, strict=True)]
-        self.segmenter.fit({self.name: pairs})
         self.changed = False
+        try:
+            with self.lock, named(*((example.name, example.path) for example in self.examples)):
+                self.segmenter.fit({self.name: pairs})
+        except PMNetError:
+            self.changed = True
+            raise
         for photo in self.photos:
             photo.score = photo.small = None
 
     def segment(self, photo: Photo) -> None:
         """Segments a photo; the score of each pixel goes into a file."""
-        result = self.segmenter.predict(photo.path, gate=False)  # the page gates, so that it can show both
+        with self.lock:
+            result = self.segmenter.predict(photo.path, gate=False)  # the page gates, so that it can show both
         path = photo.path.with_suffix(".npy")
         np.save(path, result.score)
         small = torch.from_numpy(result.score)[None, None].float()
@@ -269,12 +283,15 @@ class Session:
 
 
 @contextmanager
-def named(name: str, path: Path) -> Iterator[None]:
+def named(*files: tuple[str, Path]) -> Iterator[None]:
     """In messages, an upload's name takes the place of the path where it was stored."""
     try:
         yield
     except PMNetError as error:
-        raise type(error)(str(error).replace(str(path), name)) from error
+        message = str(error)
+        for name, path in files:
+            message = message.replace(str(path), name)
+        raise type(error)(message) from error
 
 
 def is_mask_of(name: str, photo: str) -> bool:
