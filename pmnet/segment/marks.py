@@ -1,7 +1,9 @@
 """Supports without a mask: a box, points or a scribble, from which the backbone's features grow a mask.
 
-Positions that are surely foreground and surely background give two sets of features; every other position takes the
-side of its nearest one. Outside a box all is background; inside, both sides are found in turn, as in k-means.
+A position belongs to the object if its feature is closer to the mean of the object's than to the parts of the
+background. Outside a box all is background; what of the inside is the object is found in turns, as in k-means. Of
+points and scribbles, what is least like the object and the border of the image are background too, and what is near a
+mark on the object is more probably object.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from pmnet.errors import SettingError
 
 BACKGROUND, FOREGROUND, UNKNOWN, PROBABLE = 0, 1, 2, 3  # of seeds
 ROUNDS = 8
+REACH = 0.2  # how far the object reaches beyond a mark, as a share of the image's side
+CELL = 4  # pixels of the network's image that are judged together
 
 
 class Mark:
@@ -93,26 +97,58 @@ def grow(features_Chw: Tensor, seeds_HW: Tensor) -> Tensor:
     Returns:
         (H, W) uint8, 0 or 1.
     """
+    grid = (-(-seeds_HW.shape[0] // CELL), -(-seeds_HW.shape[1] // CELL))
+    feature_Cyx = F.interpolate(features_Chw[None].float().cpu(), grid, mode="bilinear", align_corners=False)[0]
+    feature_NC, seeds_yx = F.normalize(feature_Cyx, dim=0).flatten(1).T, coarse(seeds_HW, grid)
+    in_box = bool((seeds_HW == PROBABLE).any())
+    fore_yx = (boxed if in_box else near)(feature_NC, seeds_yx)
     size = (seeds_HW.shape[0], seeds_HW.shape[1])
-    feature_CHW = F.normalize(
-        F.interpolate(features_Chw[None].float().cpu(), size, mode="bilinear", align_corners=False)[0], dim=0
-    )
-    feature_NC, seeds_N = feature_CHW.flatten(1).T, seeds_HW.flatten()
-    sure = seeds_N == FOREGROUND
-    fore_N, free_N = (seeds_N == FOREGROUND) | (seeds_N == PROBABLE), (seeds_N == PROBABLE) | (seeds_N == UNKNOWN)
-    if not (seeds_N == BACKGROUND).any():  # nothing is known beside the object: what is least like it
-        like_N = feature_NC @ feature_NC[sure].mean(0)
-        seeds_N = torch.where(free_N & (like_N < like_N.quantile(0.3)), BACKGROUND, seeds_N)
-        free_N = (seeds_N == PROBABLE) | (seeds_N == UNKNOWN)
-    back_N = seeds_N == BACKGROUND
+    fine_HW = F.interpolate(fore_yx[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0] > 0.5
+    return torch.where(seeds_HW == FOREGROUND, True, fine_HW & (seeds_HW != BACKGROUND)).to(torch.uint8)
+
+
+def boxed(feature_NC: Tensor, seeds_yx: Tensor) -> Tensor:
+    """What of a box is the object: at first all of it, then what is closer to the mean of what it was before."""
+    inside_N = (seeds_yx == PROBABLE).flatten()
+    back_KC = centres(feature_NC[~inside_N]) if not inside_N.all() else feature_NC.new_zeros(1, feature_NC.shape[1])
+    fore_N = inside_N
     for _ in range(ROUNDS):
-        fore_C, back_KC = feature_NC[fore_N].mean(0), centres(feature_NC[back_N])
-        closer_N = feature_NC @ F.normalize(fore_C, dim=0) > (feature_NC @ back_KC.T).amax(1)
-        now_N = torch.where(free_N, closer_N, sure)
+        now_N = inside_N & (closer(feature_NC, fore_N, back_KC) > 0)
         if not now_N.any() or (now_N == fore_N).all():
             break
         fore_N = now_N
-    return fore_N.view(size).to(torch.uint8)
+    return fore_N.view(seeds_yx.shape)
+
+
+def near(feature_NC: Tensor, seeds_yx: Tensor) -> Tensor:
+    """What is like the marks on the object and near them."""
+    height, width = seeds_yx.shape
+    seeds_N = seeds_yx.flatten()
+    on_N, beside_N = seeds_N == FOREGROUND, seeds_N == BACKGROUND
+    place_N2 = torch.cartesian_prod(torch.arange(height) / height, torch.arange(width) / width)
+    apart_N = torch.cdist(place_N2, place_N2[on_N]).amin(1)  # distance as a share of the image's side
+    border_yx = torch.ones(height, width, dtype=torch.bool)
+    border_yx[1:-1, 1:-1] = False
+    like_N = feature_NC @ feature_NC[on_N].mean(0)
+    back_N = beside_N | (border_yx.flatten() & (apart_N > REACH)) | (like_N < like_N.quantile(0.5))
+    fore_N = closer(feature_NC, on_N, centres(feature_NC[back_N & ~on_N])) > apart_N - REACH
+    return torch.where(on_N | beside_N, on_N, fore_N).view(height, width)
+
+
+def closer(feature_NC: Tensor, fore_N: Tensor, back_KC: Tensor) -> Tensor:
+    """(N,): by how much each position is closer to the mean of the foreground than to any part of the background."""
+    return feature_NC @ F.normalize(feature_NC[fore_N].mean(0), dim=0) - (feature_NC @ back_KC.T).amax(1)
+
+
+def coarse(seeds_HW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Seeds of a grid's cells: a cell that a mark touches is marked."""
+    nearest = F.interpolate(seeds_HW[None, None], grid, mode="nearest")[0, 0]
+    if not (seeds_HW == UNKNOWN).any():
+        return nearest
+    for side in (BACKGROUND, FOREGROUND):
+        touched = F.adaptive_max_pool2d((seeds_HW == side)[None].float(), grid)[0] > 0
+        nearest = torch.where(touched, side, nearest)
+    return nearest
 
 
 def centres(feature_NC: Tensor, count: int = 4) -> Tensor:

@@ -89,7 +89,7 @@ def calibrated(segmenter: "Segmenter", shown: "Shown", others: list["Shown"]) ->
     with_it = mean([of(segmenter, shown.images[k], left_out(segmenter, shown, k)) for k in positive[:MOST]])
     if without:
         return between(with_it, mean(without), 0.5)
-    beside = [of(segmenter, shown.images[k], shown, ~shown.masks[k].bool()) for k in positive[:MOST]]
+    beside = [of(segmenter, shown.images[k], shown, away_from(shown.masks[k])) for k in positive[:MOST]]
     return between(with_it, mean(beside), BESIDE)
 
 
@@ -100,6 +100,12 @@ def of(segmenter: "Segmenter", image: Tensor, shown: "Shown", where_HW: Tensor |
     if where_HW is not None:
         score_HW = score_HW * where_HW.to(score_HW.device)
     return evidence(score_HW, segmenter.deepest(feats)[0], shown.prototype)
+
+
+def away_from(mask_HW: Tensor) -> Tensor:
+    """(H, W) bool: where a mask is not even near, so that no feature sees it as well."""
+    near = 2 * (min(mask_HW.shape) // 24) + 1
+    return F.max_pool2d(mask_HW[None].float(), near, 1, near // 2)[0] == 0
 
 
 def left_out(segmenter: "Segmenter", shown: "Shown", k: int) -> "Shown":

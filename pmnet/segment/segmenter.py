@@ -30,6 +30,8 @@ from pmnet.version import VERSION
 
 Example = tuple[AnyImage, AnyImage | marks.Mark]
 
+JUST = 0.5005  # the smallest float16 above 0.5, about
+
 
 @dataclass(frozen=True)
 class Result:
@@ -218,9 +220,11 @@ class Segmenter:
     # Queries
 
     @overload
-    def predict(self, images: AnyImage, tile: int | str | None = "auto", gate: bool = True) -> Result: ...
-    @overload
     def predict(  # type: ignore[overload-overlap]
+        self, images: AnyImage, tile: int | str | None = "auto", gate: bool = True
+    ) -> Result: ...
+    @overload
+    def predict(
         self, images: Iterable[AnyImage], tile: int | str | None = "auto", gate: bool = True
     ) -> Iterator[Result]: ...
     def predict(
@@ -268,8 +272,10 @@ class Segmenter:
             absent = [k for k, value in enumerate(presences) if value < PRESENT]
             score_CHW[absent] = score_CHW[absent].clamp(max=0.5)
         best, label = score_CHW.max(0)
-        mask = torch.where(best > 0.5, label + 1, 0).to(torch.uint8)
-        return tiles.Piece(mask.cpu().numpy(), best.half().cpu().numpy(), presences)
+        marked = best > 0.5
+        score = torch.where(marked, best.half().clamp(min=JUST), best.half().clamp(max=0.5))  # whatever is rounded
+        mask = torch.where(marked, label + 1, 0).to(torch.uint8)
+        return tiles.Piece(mask.cpu().numpy(), score.cpu().numpy(), presences)
 
     def tile_side(self, image: Tensor, tile: int | str | None) -> int | None:
         """The side of the tiles in pixels; None if the image is not cut."""
