@@ -80,7 +80,6 @@ class Nearest(Method):
     """
 
     side_multiple = 1
-    negative_supports = True
 
     def __init__(self, backbone: Backbone, layer: str | None = None) -> None:
         layer = layer or list(backbone.blocks)[-1]
