@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from omegaconf import DictConfig
-from pmnet.segment.formats import supports_of
 
 from experiments.errors import UserError
 from experiments.files import write_json
@@ -21,6 +20,8 @@ def predict(cfg: DictConfig, folder: Path) -> float:
     Raises:
         UserError: an option is missing, or an image failed; the others are done.
     """
+    from pmnet.segment.formats import supports_of  # its readers take a while to import
+
     p = cfg.predict
     for name in ("support", "images"):
         if not p[name]:
