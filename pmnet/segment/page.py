@@ -127,6 +127,8 @@ class Page:
                 self.threshold.classes("grow")
                 label.bind_text_from(self.threshold, "value", lambda value: f"Threshold {value:.2f}")
             self.absent = ui.switch("Show masks where it seems absent too", on_change=self.redraw)
+        hint = ui.label("The examples changed: press Segment.").classes("text-primary")
+        hint.bind_visibility_from(self.session, "changed")
         with ui.row().classes("items-center gap-3"):
             ui.label("Save")
             save = ui.button("Masks (.zip)", icon="download", on_click=self.save_masks).props("no-caps outline")
@@ -270,12 +272,12 @@ class PhotoCard:
 
     def __init__(self, page: Page, photo: Photo) -> None:
         self.page, self.photo = page, photo
-        with ui.column().classes("w-full gap-1") as self.card:
+        with ui.column().classes("w-full gap-0") as self.card:
             self.picture = ui.element("img").classes("found").on("click", self.enlarge)
             with ui.row().classes("w-full items-center gap-1 no-wrap"):
                 ui.label(photo.name).classes("grow truncate opacity-70")
-                self.found = ui.label().classes("whitespace-nowrap")
                 small_button("Remove", self.remove)
+            with ui.label() as self.found:
                 self.facts = ui.tooltip("")
         self.show(*self.drawn())
 
