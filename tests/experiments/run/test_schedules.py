@@ -79,3 +79,20 @@ def test_published_schedules_step_with_every_batch(model: str) -> None:
         cfg = compose("config", [f"model={model}"])
     assert cfg.scheduler.interval == "step"
     assert "steps" in cfg.scheduler.values()
+
+
+MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_experiment_replaces_what_a_model_publishes(model: str) -> None:
+    """The optimiser and the schedule are those of one file, not a mixture of two."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["experiment=quickstart", f"model={model}"])
+        plain = compose("config", [f"model={model}", "optimizer=adam", "scheduler=constant"])
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = instantiate(cfg.optimizer)(parameters)
+    assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.AdamW, 2e-3)
+    assert instantiate(cfg.scheduler)(optimizer).T_max == cfg.trainer.max_epochs
+    assert instantiate(plain.optimizer)(parameters).defaults["lr"] == 1e-3
+    assert not plain.scheduler
