@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from pmnet.methods.nearest import Nearest
     from pmnet.methods.pmnet import PMNet, PMNetHead
     from pmnet.methods.prototype import Prototype
+    from pmnet.segment import Box, Points, Result, Scribble, Segmenter
 
 HOMES = {
     "Backbone": "pmnet.backbones",
+    "Box": "pmnet.segment",
     "EfficientNetLiteBackbone": "pmnet.backbones",
     "FeatureCache": "pmnet.backbones",
     "Head": "pmnet.methods.base",
@@ -34,8 +36,12 @@ HOMES = {
     "Nearest": "pmnet.methods.nearest",
     "PMNet": "pmnet.methods.pmnet",
     "PMNetHead": "pmnet.methods.pmnet",
+    "Points": "pmnet.segment",
     "Prototype": "pmnet.methods.prototype",
     "ResNetBackbone": "pmnet.backbones",
+    "Result": "pmnet.segment",
+    "Scribble": "pmnet.segment",
+    "Segmenter": "pmnet.segment",
     "SmallBackbone": "pmnet.backbones",
     "Support": "pmnet.methods.base",
     "SwinBackbone": "pmnet.backbones",
@@ -43,8 +49,9 @@ HOMES = {
 }
 
 __all__ = [
-    "Backbone", "EfficientNetLiteBackbone", "FeatureCache", "Head", "Method", "Nearest", "PMNet", "PMNetHead",
-    "Prototype", "ResNetBackbone", "SmallBackbone", "Support", "SwinBackbone", "ViTBackbone",
+    "Backbone", "Box", "EfficientNetLiteBackbone", "FeatureCache", "Head", "Method", "Nearest", "PMNet", "PMNetHead",
+    "Points", "Prototype", "ResNetBackbone", "Result", "Scribble", "Segmenter", "SmallBackbone", "Support",
+    "SwinBackbone", "ViTBackbone",
 ]  # fmt: skip
 __version__ = VERSION
 
