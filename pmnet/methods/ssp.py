@@ -9,7 +9,7 @@ and layer3 of the backbone are trained.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -141,14 +141,16 @@ def attended(feature_BCQ: Tensor, chosen_BP: Tensor) -> Tensor:
 
 
 class SSP(Method):
-    """Supports any number of shots and any image sides. Trains the convolutions of layer2 and layer3.
+    """Supports any number of shots and any image sides. Trains the convolutions of the backbone's layer2 and layer3.
 
     Args:
-        backbone: a ResNet or VGG; published: `DilatedResNetBackbone` with dilation="torchvision".
+        backbone: published: `DilatedResNetBackbone` with dilation="torchvision".
         refine: match twice, as in the published results, or once.
+        trained: the parts of the backbone's trunk to train; those of `EfficientNetLiteBackbone` that make layer2 and
+            layer3 are "blocks.2", "blocks.3" and "blocks.4".
 
     Raises:
-        SettingError: the backbone has no layer2 or layer3 to train.
+        SettingError: the backbone has no such parts.
 
     Example:
         >>> import torch
@@ -161,9 +163,9 @@ class SSP(Method):
 
     query_reads = support_reads = {"layer3": "last"}
     side_multiple = 1
-    learned_layers = ("layer2", "layer3")
 
-    def __init__(self, backbone: Backbone, refine: bool = True) -> None:
+    def __init__(self, backbone: Backbone, refine: bool = True, trained: Sequence[str] = ("layer2", "layer3")) -> None:
+        self.learned_layers = tuple(trained)
         super().__init__(backbone, SSPHead(refine))
         for module in backbone.trunk.modules():
             if isinstance(module, nn.BatchNorm2d):  # neither its weights nor its statistics change

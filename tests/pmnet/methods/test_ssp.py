@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pmnet.backbones import ResNetBackbone, SmallBackbone
+from pmnet.backbones import EfficientNetLiteBackbone, ResNetBackbone, SmallBackbone
 from pmnet.backbones.dilated import DilatedResNetBackbone
 from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods import from_release
@@ -204,3 +204,12 @@ def test_backbone_without_layers_of_that_name_is_refused():
     backbone.trunk = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1))
     with pytest.raises(SettingError, match="layer2"):
         SSP(backbone)
+
+
+def test_parts_of_another_backbone_are_trained_by_their_names():
+    backbone = EfficientNetLiteBackbone("none")
+    method = SSP(backbone, trained=["blocks.2", "blocks.3", "blocks.4"]).train()
+    learned = {name for name, p in method.named_parameters() if p.requires_grad}
+    assert learned and learned <= method.saved()
+    method(torch.rand(1, 3, 32, 32), torch.rand(1, 1, 3, 32, 32), torch.ones(1, 1, 32, 32)).sum().backward()
+    assert {name for name, p in method.named_parameters() if p.grad is not None} == learned
