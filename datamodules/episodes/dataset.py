@@ -3,12 +3,14 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.episodes.augment import Augment, augmented, seeded
 from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
 from datamodules.episodes.sampler import Images, PlainDraw, TrainingEpisodes, draw_in_turn
 from datamodules.errors import DatasetError
@@ -300,6 +302,8 @@ class Episodes(Dataset[Episode]):
         size: (H, W) of the tensors.
         ignored: ids of classes whose pixels become 255 in the query masks.
         cache: image name -> resized image and index mask, used instead of the files.
+        augment: changes each image and its mask at random, before they are resized, or after it if they come from the
+            cache; only for `TrainingEpisodes`.
 
     Example:
         >>> from datamodules.own.synthetic import SyntheticDataset
@@ -316,9 +320,10 @@ class Episodes(Dataset[Episode]):
         size: tuple[int, int],
         ignored: Sequence[int] = (),
         cache: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        augment: Augment | None = None,
     ) -> None:
         self.dataset, self.specs, self.size = dataset, specs, size
-        self.ignored, self.cache = tuple(ignored), cache
+        self.ignored, self.cache, self.augment = tuple(ignored), cache, augment
 
     def __len__(self) -> int:
         return self.specs.per_epoch if isinstance(self.specs, TrainingEpisodes) else len(self.specs)
@@ -336,13 +341,9 @@ class Episodes(Dataset[Episode]):
             key: position in the list; for `TrainingEpisodes`, the pair (epoch, index).
         """
         spec = self.specs[key]  # type: ignore[index]
-        query, index = self.read(spec.query)
-        query_mask = self.dataset.of_class(index, spec.class_id)
-        if self.ignored:
-            novel = torch.isin(index, torch.tensor([c + 1 for c in self.ignored], dtype=torch.uint8))
-            query_mask = torch.where(novel, IGNORE, query_mask)
-        support, indices = zip(*map(self.read, spec.supports), strict=True)
-        masks = [self.dataset.of_class(i, spec.class_id) for i in indices]
+        with self.draws(key):
+            query, query_mask = self.read(spec.query, spec.class_id, self.ignored)
+            support, masks = zip(*(self.read(name, spec.class_id) for name in spec.supports), strict=True)
         return Episode(
             query=query,
             query_mask=query_mask,
@@ -353,15 +354,33 @@ class Episodes(Dataset[Episode]):
             spec=[spec],
         )
 
-    def read(self, name: str) -> tuple[Tensor, Tensor]:
-        """Reads an image from the cache, if there is one, or from its file.
+    def draws(self, key: int | tuple[int, int]) -> AbstractContextManager[None]:
+        """Makes the augmentation of a training episode depend only on (seed, epoch, index)."""
+        if self.augment is None or not isinstance(self.specs, TrainingEpisodes) or isinstance(key, int):
+            return nullcontext()
+        return seeded(self.specs.seed, *key)
+
+    def read(self, name: str, class_id: int, ignored: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Reads an image from the cache, if there is one, or from its file, and augments it.
 
         Returns:
-            The resized (3, H, W) uint8 image and (H, W) uint8 index mask.
+            The resized (3, H, W) uint8 image and (H, W) uint8 mask of the class, in which pixels of the classes
+            `ignored` are 255.
         """
         if self.cache is not None:
-            return self.cache[name]
-        return resized(self.dataset, name, self.size)
+            image, index = self.cache[name]
+        elif self.augment is None:
+            image, index = resized(self.dataset, name, self.size)
+        else:
+            image, index = self.dataset.read_image(name), self.dataset.read_index(name)
+        mask = self.dataset.of_class(index, class_id)
+        if ignored:
+            novel = torch.isin(index, torch.tensor([c + 1 for c in ignored], dtype=torch.uint8))
+            mask = torch.where(novel, IGNORE, mask)
+        if self.augment is None:
+            return image, mask
+        image, mask = augmented(self.augment, image, mask)
+        return resize_image(image, self.size), resize_mask(mask, self.size)
 
 
 def resized(dataset: FewShotDataset, name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,15 @@
 """The LightningDataModule: training, validation and test episodes of one fold of one setting."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 from torch.utils.data import DataLoader
 
+from datamodules.episodes.augment import Augment, named
 from datamodules.episodes.cache import ImageCache
 from datamodules.episodes.dataset import Episodes, FewShotDataset, Fold, Split
 from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
@@ -79,6 +80,8 @@ class FewShotDataModule(L.LightningDataModule):
         seed: seed of the training episodes. The test list always uses seed 0, as published lists do.
         repeats: whether an image may appear twice among the K supports of a test episode; None: as published.
         cache: folder for a cache of resized images; None reads and resizes the files each time.
+        augment: changes each training image and its mask at random, see `datamodules/episodes/augment.py`; None or an
+            empty mapping leaves them as they are.
         task: cross_category, cross_dataset or cross_domain; determines which targets are allowed for a dataset.
         target: dataset to test on; None tests on the novel classes of the training dataset.
         validation: dataset used to select the best epoch; None uses the novel classes of the training dataset.
@@ -117,6 +120,7 @@ class FewShotDataModule(L.LightningDataModule):
         seed: int,
         repeats: bool | None = None,
         cache: str | None = None,
+        augment: Augment | Mapping[str, Any] | None = None,
         task: str = "cross_category",
         target: FewShotDataset | None = None,
         validation: FewShotDataset | None = None,
@@ -142,6 +146,7 @@ class FewShotDataModule(L.LightningDataModule):
         self.per_epoch, self.val, self.test, self.repeats = per_epoch, val, test, repeats
         self.novel_pixels, self.workers, self.seed = novel_pixels, workers, seed
         self.cache = Path(cache).expanduser() if cache else None
+        self.augment = augment if callable(augment) else None
 
     # Classes and episodes
 
@@ -288,6 +293,7 @@ class FewShotDataModule(L.LightningDataModule):
             "batch_size": self.batch_size,
             "novel_pixels": self.novel_pixels,
             "seed": self.seed,
+            **self.record_augmentation(),
             "validation": {
                 "dataset": self.validation.name,
                 "classes": [self.validation.classes[c] for c in self.val_class_ids],
@@ -301,6 +307,12 @@ class FewShotDataModule(L.LightningDataModule):
         """The entry `classes_left_out` of a record; no entry if every class of these parts has enough images."""
         left_out = {part: self.classes_left_out[part] for part in parts}
         return {"classes_left_out": left_out} if any(left_out.values()) else {}
+
+    def record_augmentation(self) -> dict[str, object]:
+        """The entry `augment` of a record; no entry if images stay as they are."""
+        if self.augment is None:
+            return {}
+        return {"augment": named(self.augment) + ", of cached images" * bool(self.cache)}
 
     @property
     def train_lists(self) -> dict[str, list[str]]:
@@ -339,9 +351,8 @@ class FewShotDataModule(L.LightningDataModule):
         ignored = novel if self.novel_pixels == "ignore" and not one_class else []
         every_class = range(len(self.dataset.classes))  # one cache for all folds
         names = (n for c in every_class for n in self.dataset.images_of(c, "train"))
-        episodes = Episodes(
-            self.dataset, self.train_specs, self.image_size, ignored, self.cache_of(self.dataset, names)
-        )
+        cache = self.cache_of(self.dataset, names)
+        episodes = Episodes(self.dataset, self.train_specs, self.image_size, ignored, cache, self.augment)
         if self.trainer:
             sampler.set_epoch(self.trainer.current_epoch)  # workers prefetch before the Trainer calls set_epoch
         return self.loader(episodes, self.batch_size // processes, sampler, keep_workers=True, kind=TrainingLoader)

@@ -10,9 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from datamodules.episodes.augment import Augment, augmented, seeded
 from datamodules.episodes.dataset import FewShotDataset, Fold
 from datamodules.episodes.episode import IGNORE
 from datamodules.episodes.loader import TrainingLoader, ignore_sigterm
@@ -61,7 +61,7 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
             )
         images = dataset.images(self.base, "train", 0)
         self.names = sorted({name for names in images.values() for name in names})
-        self.augment = v2.Compose(
+        self.augment: Augment = v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale=(smallest_crop, 1.0), antialias=True),
                 v2.RandomHorizontalFlip(),
@@ -83,10 +83,8 @@ class BasePixels(Dataset[tuple[Tensor, Tensor]]):
         """
         epoch, index = key
         image, mask = self.without_novel(self.name_of(epoch, index))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
-            image, mask = self.augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+        with seeded(self.seed, epoch, index):
+            return augmented(self.augment, image, mask)
 
     def name_of(self, epoch: int, index: int) -> str:
         """The name of an image in the random order of an epoch."""
@@ -146,19 +144,22 @@ class Labelled(NamedTuple):
 
 
 class LabelledImages(BasePixels):
-    """Whole images of a fold's base classes, resized, with flips. Pixels of novel classes are 255 in the mask.
+    """Whole images of a fold's base classes, resized. Pixels of novel classes are 255 in the mask.
 
     Args:
         dataset: the dataset to train on.
         fold: the fold whose novel classes are ignored.
         size: (H, W) of the tensors.
-        seed: seed of the order and of the flips.
+        seed: seed of the order and of the augmentation.
+        augment: changes each resized image and its mask at random.
     """
 
-    def __init__(self, dataset: FewShotDataset, fold: Fold, size: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self, dataset: FewShotDataset, fold: Fold, size: tuple[int, int], seed: int, augment: Augment | None = None
+    ) -> None:
         super().__init__(dataset, fold, size, 1.0, seed)
         self.size = size
-        self.augment = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+        self.augment = augment or v2.Identity()
 
     def __getitem__(self, key: tuple[int, int]) -> Labelled:  # type: ignore[override]
         """Reads one image, see `BasePixels`."""
@@ -187,7 +188,7 @@ class LabelledDataModule(FewShotDataModule):
     """
 
     def train_dataloader(self) -> DataLoader[Any]:
-        images = LabelledImages(self.dataset, self.fold, self.image_size, self.seed)
+        images = LabelledImages(self.dataset, self.fold, self.image_size, self.seed, self.augment)
         length = -(-(self.per_epoch or len(images)) // self.batch_size) * self.batch_size
         return loader(images, length, self.batch_size, self.workers, self.trainer, "episodes.batch_size")
 

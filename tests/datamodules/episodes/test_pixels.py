@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from datamodules.episodes.pixels import GREY, BasePixels, LabelledImages, PixelDataModule
 from datamodules.own.folder import FolderDataset
@@ -167,7 +168,8 @@ def test_batches_of_two_processes_together_are_those_of_one(folder, workers):
 def test_labelled_images_are_whole_and_novel_pixels_are_ignored(folder, fold):
     """One of the four flips of the resized image and mask, with base classes renumbered and novel ones 255."""
     data = read(folder)
-    images, flips, novel_pixels = LabelledImages(data, fold, SIZE, seed=0), set(), 0
+    augment = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+    images, flips, novel_pixels = LabelledImages(data, fold, SIZE, seed=0, augment=augment), set(), 0
     place = {0: 0, 255: 255} | {c + 1: 255 for c in data.novel_classes(fold)}
     place |= {c + 1: i + 1 for i, c in enumerate(data.base_classes(fold))}
     for key in KEYS:
