@@ -21,9 +21,13 @@ test: install  ## all tests, the slow ones too; one test file per core at a time
 quick: install  ## the fast tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-bench: install  ## speed beside the bare backbone and a plain implementation; import and start-up times; some minutes
-	$(BIN)/python -m experiments.bench
+bench: install  ## speed beside the bare backbone and a plain implementation; import and start-up times; some minutes. model=hsnet: that method alone
+ifeq ($(origin model),command line)
+	$(BIN)/python -m experiments.bench model=$(model) $(if $(backbone),backbone=$(backbone)) $(ARGS)
+else
+	$(BIN)/python -m experiments.bench $(ARGS)
 	$(BIN)/python -m experiments.startup
+endif
 
 faults: install  ## breaks real runs at random moments (TRIES=300) and writes docs/reliability.md; about 20 seconds a try
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --tries $(or $(TRIES),300)

@@ -1,11 +1,15 @@
 """Times PMNet against the bare backbone and against a plain implementation of the same formulas.
 
 python -m experiments.bench
+python -m experiments.bench model=hsnet
 
-Writes `benchmarks/<machine>.json`, `.md` and `.png`. Each program runs in its own process with its own memory; the
-programs take turns. Times are medians. "x floor" is the time divided by that of the backbone's forward passes, a lower
-bound on run time; "x plain" is the time divided by that of the plain implementation. Memory is the peak of a step above
-the peak of the backbone's forward passes.
+The first command writes `benchmarks/<machine>.json`, `.md` and `.png`. Each program runs in its own process with its
+own memory; the programs take turns. Times are medians. "x floor" is the time divided by that of the backbone's forward
+passes, a lower bound on run time; "x plain" is the time divided by that of the plain implementation. Memory is the peak
+of a step above the peak of the backbone's forward passes.
+
+The second one takes settings of `run.py`. It times any method beside its own backbone's forward passes, and prints a
+table.
 """
 
 import argparse
@@ -202,6 +206,49 @@ def whole(network: Any, features: Any, head: Any, device: str) -> Callable[[Work
 PROGRAM = {"backbone": bare_backbone, "pmnet": pmnet, "plain": plain}
 
 
+# Any method
+
+
+def method(settings: list[str], shots: int, device: str) -> tuple[str, Callable[[], dict[str, float]]]:
+    """A description of the method that the settings compose, and its test of one episode, with random weights."""
+    import torch
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["backbone.weights=none", *settings])
+    network = instantiate(cfg.model, backbone=instantiate(cfg.backbone)).to(device).eval()
+    side = cfg.episodes.image_size
+    height, width = (side, side) if isinstance(side, int) else side
+    query, support, masks = images(Work("", shots=shots, size=max(height, width)), device)
+    query, support, masks = (x[..., :height, :width] for x in (query, support, masks))
+    network.check(query, support, masks)
+
+    @torch.inference_mode()
+    def run() -> dict[str, float]:
+        def rest(passed: Any) -> None:
+            network.head.predict(*network.chosen(*passed, support, masks), masks)
+
+        return measured(device, lambda: network.passes(query, support, network.reads), rest)
+
+    return f"{type(network).__name__}, {network.backbone.provenance.backbone}, {height}x{width}", run
+
+
+def of_method(settings: list[str], device: str, rounds: int) -> tuple[str, list[list[str]]]:
+    """The method in words, and rows for `METHOD_HEADERS`. The first round warms up and is not counted."""
+    rows = []
+    for shots in (1, 5):
+        title, run = method(settings, shots, device)
+        first, *timed = [run() for _ in range(rounds + 1)]
+        floor, whole_run = (statistics.median(f[part] for f in timed) for part in ("backbone", "seconds"))
+        numbers = floor, whole_run, whole_run / floor, first["bytes"] / 1e9
+        rows.append([f"{shots} shot{'s' * (shots > 1)}", *(f"{number:.2f}" for number in numbers)])
+    return title, rows
+
+
+METHOD_HEADERS = ["", "backbone, s", "method, s", "x backbone", "GB above it"]
+
+
 # All programs, taking turns
 
 
@@ -300,8 +347,18 @@ def machine(device: str) -> str:
     return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def shown(title: str, headers: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title)
+    for header in headers:
+        table.add_column(header, justify="right" if header else "left", no_wrap=not header)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m experiments.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("settings", nargs="*", help="model=... and other settings of run.py: times only that method")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; their median is reported (default: 5)")
     parser.add_argument("--curves", action="store_true", help="also time 1 to 10 shots, image sizes and batch sizes")
@@ -318,6 +375,10 @@ def main() -> None:
     if arguments.device != "cpu" and not torch.accelerator.is_available():
         parser.error(f"--device {arguments.device}: PyTorch finds no such device. Use --device cpu.")
     console, device, rounds = Console(), arguments.device, arguments.rounds
+    if arguments.settings:
+        title, rows = of_method(arguments.settings, device, rounds)
+        console.print(shown(f"{title}, {machine(device)}", METHOD_HEADERS, rows))
+        return
     record: dict[str, Any] = {
         "machine": machine(device),
         "date": datetime.now(UTC).date().isoformat(),
@@ -330,12 +391,7 @@ def main() -> None:
     }
     title = f"{record['machine']}, PyTorch {torch.__version__}, ResNet-50 at 384x384, medians of {rounds}"
     rows = rows_of(record["table"])
-    table = Table(title=title)
-    for header in HEADERS:
-        table.add_column(header, justify="right" if header else "left", no_wrap=not header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(shown(title, HEADERS, rows))
     if arguments.against:
         record["against"] = {"command": arguments.against, "seconds": against(arguments.against, rounds, console)}
         console.print(f"{arguments.against}: {record['against']['seconds']:.2f} s")

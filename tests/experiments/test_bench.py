@@ -30,3 +30,17 @@ def test_another_program_says_its_seconds_or_is_timed(says: str, tmp_path) -> No
 def test_another_program_that_fails_is_named() -> None:
     with pytest.raises(SystemExit, match="exit code 3"):
         bench.against(f"{sys.executable} -c 'raise SystemExit(3)'", 1, Console(quiet=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["hsnet", "pfenet", "repri", "prototype"])
+def test_any_method_is_timed_beside_its_backbone(model: str) -> None:
+    """RePRI takes gradient steps within its prediction."""
+    settings = [f"model={model}", "backbone=resnet18", "episodes.image_size=65"]
+    settings = settings if model == "pfenet" else [*settings, "episodes.image_size=64"]
+    title, rows = bench.of_method(settings, "cpu", 1)
+    assert "resnet18" in title
+    assert [row[0] for row in rows] == ["1 shot", "5 shots"]
+    for row in rows:
+        assert len(row) == len(bench.METHOD_HEADERS)
+        assert float(row[2]) >= float(row[1])
