@@ -234,6 +234,9 @@ class PFENet(Method):
         batchnorm: how the frozen backbone's BatchNorm layers work in training: "train", as published, uses the batch's
             statistics and updates the stored ones; "eval" uses the stored ones.
 
+    Raises:
+        SettingError: the backbone is a transformer.
+
     Example:
         >>> import torch
         >>> from pmnet.backbones.dilated import DilatedResNetBackbone
@@ -250,6 +253,12 @@ class PFENet(Method):
     def __init__(
         self, backbone: Backbone, bins: Sequence[float] = BINS, batchnorm: Literal["train", "eval"] = "train"
     ) -> None:
+        if hasattr(backbone.trunk, "patch_embed"):
+            raise SettingError(
+                f"{type(self).__name__} takes a convolutional backbone, not {backbone.provenance.backbone}: it masks "
+                "feature maps within the backbone and needs image sides of 8n + 1. Choose backbone=resnet50s (as "
+                "published), resnet50, vgg16 or efficientnet_lite0."
+            )
         channels = backbone.channels
         super().__init__(backbone, self.head_type(channels["layer2"] + channels["layer3"], bins))
         self.batchnorm = batchnorm

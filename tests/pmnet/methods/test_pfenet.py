@@ -1,18 +1,22 @@
 """PFENet beside its golden file, and its prior mask beside a loop over positions."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pmnet.backbones import SmallBackbone
+from pmnet.backbones import SmallBackbone, SwinBackbone, ViTBackbone
 from pmnet.backbones.dilated import DilatedResNetBackbone, names_of_timm
 from pmnet.backbones.vgg import VGGBackbone
 from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods import from_release
+from pmnet.methods.asgnet import ASGNet
 from pmnet.methods.base import resize
+from pmnet.methods.ntrenet import NTRENet
 from pmnet.methods.pfenet import PFENet, PFENetHead, prior_mask
+from pmnet.methods.scl import SCL
 from tests.pmnet.methods.ruled import Golden, assert_near, gradient_norms, without_dropout
 
 LOSS = torch.nn.CrossEntropyLoss(ignore_index=255)
@@ -262,3 +266,11 @@ def test_other_sides_are_refused(side):
     with pytest.raises(SettingError, match="8n"):
         method(F.pad(images, (0, 1)), images[None], torch.ones(1, 1, 65, 65))
     method.check_sides((473, 385))
+
+
+@pytest.mark.parametrize("kind", [PFENet, ASGNet, SCL, NTRENet])
+@pytest.mark.parametrize("backbone", [SwinBackbone, partial(ViTBackbone, "dinov2_small")])
+def test_transformers_are_refused_with_the_backbones_that_fit(kind, backbone):
+    made = backbone("none")
+    with pytest.raises(SettingError, match=r"convolutional backbone.*resnet50s"):
+        kind(made)
