@@ -1,5 +1,6 @@
 """The LightningModule: loss, training and test steps, optimiser, and the content of checkpoints."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:  # at run time, any object with the fields of an Episode will 
     from datamodules import Episode
 
 PREFIX = "network."
+FAIR = 200  # training steps within which a network learns to mark something, if its loss lets it
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class FewShotModule(L.LightningModule):
         baselines = {name: FewShotIoU(class_ids) for name in ("all_foreground", *self.floors)}
         self.test_baselines: Mapping[str, FewShotIoU] = nn.ModuleDict(baselines)  # type: ignore[assignment]
         self.test_index, self.test_episode_iou = CatMetric(), CatMetric()
+        self.warned = False
 
     def forward(self, batch: "Episode") -> Tensor:
         """Predicts the query masks, (B, H, W) bool."""
@@ -136,6 +141,19 @@ class FewShotModule(L.LightningModule):
         self.log("val/miou", scores["miou"], prog_bar=True)
         self.log("val/fb_iou", scores["fb_iou"])
         self.val_iou.reset()
+        self.warn_of_background(float(scores["miou"]))
+
+    def warn_of_background(self, miou: float) -> None:
+        """Warns once if the network still predicts only background after a fair number of steps."""
+        if miou > 0.5 or self.trainer.global_step < FAIR or self.warned:
+            return
+        self.warned = True
+        log.warning(
+            "After %d steps the network still predicts only background (validation mIoU %.1f). Cross-entropy alone "
+            "learns slowly where objects are small. Try loss=dice_cross_entropy, optimizer=adamw optimizer.lr=1e-3, or "
+            "start from a trained head with ckpt=....",
+            *(self.trainer.global_step, miou),
+        )
 
     def test_step(self, batch: "Episode", batch_index: int) -> None:
         """Scores the method and the floors, with one forward pass of the backbone for all."""

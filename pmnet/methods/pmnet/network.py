@@ -1,19 +1,24 @@
 """PMNet (paper 3.2): frozen backbone, affinity, HSFM and decoder."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pmnet.backbones import Backbone, Features
+from pmnet.errors import SettingError
 from pmnet.memory import keep_freed_memory
-from pmnet.methods.base import Head, Method, Support, resize
+from pmnet.methods.base import Head, Method, Support, resize, size_of
+from pmnet.methods.nearest import NearestHead
 from pmnet.methods.pmnet.affinity import HEADS, Affinity
 from pmnet.methods.pmnet.decoder import Decoder
 from pmnet.methods.pmnet.hsfm import HSFM, Evidence, Norm, coarse_mask
 from pmnet.methods.pmnet.lean import pairs_at_a_time
+from pmnet.methods.prototype import PrototypeHead
 
 MATCHED = ("layer3", "layer4")  # stages in which every block yields an affinity
+FLOORS: dict[str, type[Head]] = {"prototype": PrototypeHead, "nearest": NearestHead}
 
 
 class PMNetHead(Head):
@@ -28,10 +33,13 @@ class PMNetHead(Head):
         support_background: False is table 6's "w/o Background": support features are multiplied by the resized support
             mask before the affinity.
         dropout: dropout rate of the matched features in training.
+        evidence: training-free methods, of "prototype" and "nearest", whose logits on layer3 and layer4 are further
+            coarse masks. The sum of those on layer4 is added to the decoder's logits, which start at zero: so the head
+            starts as good as that sum, and learns what to change. Not in the paper; none by default.
 
     Raises:
         ValueError: channels that cannot be split into heads.
-        SettingError: unknown norm.
+        SettingError: unknown norm or evidence.
 
     Example:
         >>> from pmnet import PMNetHead
@@ -50,15 +58,24 @@ class PMNetHead(Head):
         b3dconvs: bool = True,
         support_background: bool = True,
         dropout: float = 0.5,
+        evidence: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if unknown := set(evidence) - FLOORS.keys():
+            raise SettingError(f"model.evidence={sorted(unknown)[0]} is not one of {', '.join(FLOORS)}.")
         if any(channels[layer] % (2 * HEADS) for layer in MATCHED):
             raise ValueError(f"layer3 and layer4 need a multiple of {2 * HEADS} channels, not {channels}")
         self.support_background = support_background
         self.affinity = nn.ModuleDict({m: Affinity(channels[m], linear_heads, dropout) for m in MATCHED})
         hsfm = {m: HSFM(blocks[m], norm, b3dconvs) for m in MATCHED}
         self.hsfm = nn.ModuleDict(hsfm)
-        self.decoder = Decoder(hsfm["layer3"].out_channels, hsfm["layer4"].out_channels, channels)
+        coarse3, coarse4 = (hsfm[m].out_channels + len(evidence) for m in MATCHED)
+        self.decoder = Decoder(coarse3, coarse4, channels)
+        self.floors = {m: [FLOORS[name](m) for name in evidence] for m in MATCHED}  # a plain dict: nothing to save
+        if evidence:
+            last = cast(nn.Conv2d, self.decoder.mixer3[-1])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(cast(Tensor, last.bias))
 
     def segment(self, query_feats: Features, seen: Support, size: tuple[int, int]) -> Tensor:
         """Segments queries, given what `see` returned.
@@ -74,7 +91,14 @@ class PMNetHead(Head):
         masks = seen.masks.to(query_feats["layer1"][-1].dtype)
         coarse = {m: self.match(m, query_feats[m], seen.features[m], masks) for m in MATCHED}
         low = query_feats["layer1"][-1], query_feats["layer2"][-1]
-        return self.decoder(coarse["layer3"], coarse["layer4"], *low)
+        floors = {m: self.evidence(m, query_feats, seen) for m in MATCHED}
+        masks34 = (torch.cat([coarse[m], *(x[:, 1:] - x[:, :1] for x in floors[m])], dim=1) for m in MATCHED)
+        return sum((resize(x, size) for x in floors["layer4"]), self.decoder(*masks34, *low))
+
+    def evidence(self, layer: str, query_feats: Features, seen: Support) -> list[Tensor]:
+        """The logits (B, 2, hq, wq) of each training-free method on one stage."""
+        size = size_of(query_feats[layer][-1])
+        return [floor.segment(query_feats, floor.see(*seen), size) for floor in self.floors[layer]]
 
     def match(self, layer: str, query: list[Tensor], support: list[Tensor], support_masks: Tensor) -> Tensor:
         """Computes the coarse masks of one stage.
@@ -114,7 +138,7 @@ class PMNet(Method):
 
     Args:
         backbone: any backbone; PMNet freezes it: no gradients, always in eval mode.
-        head: options of `PMNetHead`: norm, linear_heads, b3dconvs, support_background, dropout.
+        head: options of `PMNetHead`: norm, linear_heads, b3dconvs, support_background, dropout, evidence.
 
     Example:
         >>> import torch

@@ -11,9 +11,11 @@ import pmnet.methods.pmnet.affinity
 import pmnet.methods.pmnet.lean
 from pmnet import PMNet, PMNetHead
 from pmnet.backbones import SmallBackbone
-from pmnet.errors import CheckpointError
+from pmnet.errors import CheckpointError, SettingError
+from pmnet.methods.nearest import NearestHead
 from pmnet.methods.pmnet import from_release
 from pmnet.methods.pmnet.affinity import Affinity, Dropout
+from pmnet.methods.prototype import PrototypeHead
 from tests.pmnet.methods import plain_pmnet as plain
 from tests.pmnet.methods.plain_network import plain_network_head
 from tests.pmnet.methods.plain_pmnet import plain_head
@@ -550,3 +552,31 @@ def test_sides_must_be_multiples_of_32(network, query_size, support_size):
 def test_shapes_must_match(network, queries, masks):
     with pytest.raises(ValueError, match="expected query"):
         network(torch.rand(queries, 3, 32, 32), torch.rand(1, 2, 3, 32, 32), torch.ones(*masks, 32, 32))
+
+
+# Evidence of the floors
+
+
+def test_head_with_evidence_starts_as_the_sum_of_the_floors():
+    torch.manual_seed(0)
+    head = PMNetHead(SMALL, BLOCKS, evidence=["prototype", "nearest"]).eval().double()
+    query, support, masks = random_inputs(shots=2, batch=2)
+    floors = [kind("layer4")(query, support, masks) for kind in (PrototypeHead, NearestHead)]
+    torch.testing.assert_close(head(query, support, masks), sum(floors))
+
+
+def test_evidence_is_a_coarse_mask_that_learns():
+    head = PMNetHead(SMALL, BLOCKS, evidence=["prototype"], dropout=0.0).double()
+    query, support, masks = random_inputs()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        head(query, support, masks)[:, 1].mean().backward()
+        optimizer.step()
+    extra = [head.decoder.conv1_3.a[0].weight.grad[:, 16:], head.decoder.conv1_4.a[0].weight.grad[:, 16:]]
+    assert all(gradient.shape[1] == 1 and gradient.abs().sum() > 0 for gradient in extra)
+
+
+def test_unknown_evidence_is_refused():
+    with pytest.raises(SettingError, match=r"model\.evidence=oracle is not one of prototype, nearest"):
+        PMNetHead(SMALL, BLOCKS, evidence=["oracle"])

@@ -88,6 +88,17 @@ def test_loss_is_zero_if_every_pixel_is_ignored(monkeypatch):
     assert loss.item() == 0
 
 
+@pytest.mark.parametrize("steps, change, warnings", [(500, -1, 1), (100, -1, 0), (500, 1, 0)])
+def test_one_warning_if_only_background_is_predicted(monkeypatch, caplog, steps, change, warnings):
+    module, batch = make_module(monkeypatch), make_batch()
+    monkeypatch.setattr(module, "_trainer", SimpleNamespace(current_epoch=7, global_step=steps))
+    change_logits(module, lambda logits: torch.stack([torch.zeros_like(logits[:, 0]), 0 * logits[:, 1] + change], 1))
+    for _ in range(2):
+        module.validation_step(batch, 0)
+        module.on_validation_epoch_end()
+    assert sum("only background" in record.message for record in caplog.records) == warnings
+
+
 def test_gradients_reach_every_part_of_the_head_and_none_of_the_backbone(monkeypatch):
     module = make_module(monkeypatch)
     module.training_step(make_batch(), 0).backward()
