@@ -143,7 +143,7 @@ def card(recipe: Mapping[str, Any], values: int) -> str:
     front = ["library_name: pmnet", "pipeline_tag: image-segmentation", "tags: [few-shot-segmentation]"]
     if recipe.get("license"):
         front.append(f"license: {json.dumps(recipe['license'])}")
-    needs, height, width = recipe["needs"], *recipe["image_size"]
+    needs, (height, width) = recipe["needs"], recipe["image_size"]
     options = {name: value for name, value in recipe["model"].items() if name != "_target_"}
     facts = {
         "method": recipe["model"]["_target_"] + (f", {json.dumps(options)}" if options else ""),
