@@ -22,12 +22,13 @@ UNSHAPING = {  # config values that may differ between runs of one table row
     *("trainer.cache", "trainer.channels_last", "trainer.compile"),
     *("backbone.weights", "backbone.download", "episodes._target_", "episodes.dataset", "episodes.target"),
     *("episodes.validation", "episodes.task", "episodes.fold", "episodes.shot", "episodes.train_shot"),
-    *("episodes.seed", "episodes.cache", "episodes.workers", "episodes.test_batch_size"),
+    *("episodes.seed", "episodes.cache", "episodes.augment", "episodes.workers", "episodes.test_batch_size"),
 }
 OF_TRAINING = {  # config values that affect training only; a test of trained weights takes them from the training run
-    *("optimizer", "scheduler", "loss", "trainer", "train_shot", "validation", "model.dropout"),
+    *("optimizer", "scheduler", "loss", "augment", "trainer", "train_shot", "validation", "model.dropout"),
     *("episodes.batch_size", "episodes.per_epoch", "episodes.val", "episodes.novel_pixels"),
 }
+OF_MODEL = {"model", "backbone", "optimizer", "scheduler", "loss", "augment"}  # groups from which a model chooses
 METHOD_OF_MODEL = {"pmnet": "PMNet", "pmnet_release": "PMNet"}  # for records that do not name their method
 
 

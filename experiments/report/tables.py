@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from tabulate import tabulate
 
-from experiments.report.collect import Job, all_equal
+from experiments.report.collect import OF_MODEL, Job, all_equal, within
 
 PUBLISHED = Path(__file__).parents[1] / "published.yaml"
 NONE, PARAMS = "-", "params (M)"
@@ -208,7 +208,10 @@ def baseline(title: str, name: str, series: Sequence[Series], notes: list[str]) 
             found[key] += [j for job in jobs for j in scored(job, name, seed=None)]
     scores = [[j.record["test"]["miou"] for j in jobs] for jobs in found.values() if jobs]
     if any(max(of_all) - min(of_all) > TOLERANCE for of_all in scores):
-        notes.append(f"{title}: scores differ between runs, e.g. by image size or test episodes; the first is shown.")
+        notes.append(
+            f"{title}: scores differ between runs, e.g. by image size, test episodes, or a backbone that a method "
+            "trains; the first is shown."
+        )
     return Series(title, {key: jobs[:1] for key, jobs in found.items() if jobs})
 
 
@@ -250,7 +253,7 @@ def rows_of(jobs: Sequence[Job], notes: list[str]) -> list[Series]:
     configs = [job.config for job in firsts]
     names = sorted({k for c in configs for k in c})
     differ = [k for k in names if not all_equal(job.config.get(k) for job in firsts if job.has_option(k))]
-    chosen = {k for k in differ if k.startswith(("model.", "backbone.")) and follows(k, configs)}
+    chosen = {k for k in differ if within(k, OF_MODEL) and k != "model" and follows(k, configs)}
     telling = [k for k in differ if k not in ("model", "weights", *chosen)]
     series = []
     for members in groups.values():

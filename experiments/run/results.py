@@ -53,7 +53,7 @@ def make(
         "mode": cfg.mode,
         "setting": {"target": data.target.name}
         | {g: choices[g] for g in ("task", "dataset", "backbone", "model")}
-        | {"method": getattr(network, "title", "") or type(network).__name__}
+        | {"method": network.title or type(network).__name__}
         | {"fold": cfg.fold.index, "folds": 0 if cfg.fold.index == "all" else len(data.dataset.folds)}
         | {"shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed},
         "test": scores(result.scores, names),
@@ -63,7 +63,7 @@ def make(
         "parameters": {"learnable": learnable(network), "frozen": frozen(network)},
         "checkpoint": checkpoint_record(checkpoint, data),
         "training": training_record(checkpoint),
-        "tuned_at_test": getattr(network, "tuned_on", "") or None,  # what gradient steps at test use
+        "tuned_at_test": network.tuned_on or None,  # what gradient steps at test use
         "tested_classes_seen_in_training": None if unknown else seen,
         "seconds": {
             "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
@@ -96,7 +96,7 @@ def training_record(checkpoint: Checkpoint | None) -> dict[str, Any]:
     if checkpoint is None:
         return {}
     if checkpoint.released:
-        return {"run": str(checkpoint.path.absolute()), "by": "the method's authors"}
+        return {"run": str(checkpoint.path.absolute()), "by": checkpoint.content.get("by", "the method's authors")}
     commit = read_json(checkpoint.run / "training.json").get("commit")
     epochs, steps = checkpoint.content["epoch"] + 1, checkpoint.content["global_step"]
     return {"run": str(checkpoint.run), "commit": commit, "epochs": epochs, "steps": steps, **checkpoint.record}

@@ -134,6 +134,8 @@ class Method(nn.Module):
         ignored: how the training loss treats pixels marked 255: "ignore", or "background" as in HSNet's family.
         negative_supports: a support with an empty mask is evidence of background, because all shots are matched at
             once. False where each shot makes a mask or a prototype of its own.
+        title: the method's name as published, if it is not the name of the class.
+        tuned_on: what gradient steps at test use, for a method that takes some; stored in every result.
 
     Raises:
         SettingError: the backbone does not have the parts named in `learned_layers`.
@@ -146,6 +148,8 @@ class Method(nn.Module):
     batchnorm: Literal["eval", "train"] = "eval"
     ignored: Literal["ignore", "background"] = "ignore"
     negative_supports: ClassVar[bool] = False
+    title: ClassVar[str] = ""
+    tuned_on: str = ""
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()

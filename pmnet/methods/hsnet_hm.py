@@ -42,6 +42,7 @@ class HSNetHM(HSNet):
     """
 
     head_class = HSNetHMHead
+    title = "HSNet-HM"
 
     def of_supports(self, support_feats: Features, support: Tensor, support_masks: Tensor) -> Features:
         whole = super().of_supports(support_feats, support, support_masks)

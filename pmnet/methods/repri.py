@@ -10,7 +10,7 @@ probabilities, and how far the query's share of foreground is from a first estim
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,7 @@ class RePRI(Method):
     query_reads = support_reads = {"layer4": "last"}
     side_multiple = 1
     batchnorm = "train"
-    tuned_on: ClassVar[str] = "each test episode: its supports with their masks, and its query without"
+    tuned_on = "each test episode: its supports with their masks, and its query without"
 
     def __init__(self, backbone: Backbone, base_classes: int, label_smoothing: float = 0.1, **options: Any) -> None:
         self.learned_layers = tuple(name for name, _ in backbone.trunk.named_children())

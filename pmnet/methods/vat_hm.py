@@ -47,6 +47,7 @@ class VATHM(VAT):
     """
 
     head_class = VATHMHead
+    title = "VAT-HM"
 
     def of_supports(self, support_feats: Features, support: Tensor, support_masks: Tensor) -> Features:
         whole = super().of_supports(support_feats, support, support_masks)

@@ -872,3 +872,23 @@ def test_page_reads_in_a_browser(sweep, tmp_path: Path, width: int) -> None:
     assert all(size > 0 for size in seen["pictures"])
     assert seen["overflow"] <= 0
     assert seen["text"] > 1000
+
+
+def test_what_a_model_chooses_does_not_name_its_row(tmp_path: Path) -> None:
+    """The published optimiser, schedule and augmentation of a model; but what differs within a model does."""
+    chosen = {
+        "hsnet": {"optimizer": {"_target_": "Adam", "lr": 1e-3}, "scheduler": {}, "augment": {}},
+        "ssp": {
+            "optimizer": {"_target_": "SGD", "lr": 0.1},
+            "scheduler": {"_target_": "Poly"},
+            "augment": {"scale": 2},
+        },
+    }
+    for i, (model, config) in enumerate(chosen.items()):
+        write_run(tmp_path / str(i), model=model, method=model.upper())
+        alter(tmp_path / str(i), config=config)
+    assert [s for s in cells(markdown(miou(tabled(tmp_path)))) if "ours" in s] == ["HSNET, ours", "SSP, ours"]
+    write_run(tmp_path / "2", model="ssp", method="SSP")
+    alter(tmp_path / "2", config=chosen["ssp"] | {"augment": {}})
+    rows = [s for s in cells(markdown(miou(tabled(tmp_path)))) if "ours" in s]
+    assert any("augment" in row for row in rows if row.startswith("SSP"))
