@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from datamodules import FewShotDataModule
 from experiments.files import write_json
 from experiments.loggers import WandbLogger, make_loggers
-from experiments.run import checkpoints, panels, results
+from experiments.run import checkpoints, heads, panels, results
 from experiments.run.callbacks import EpochLog, StepSeed
 from experiments.run.checkpoints import Checkpoint
 from experiments.run.trainer import make_trainer
@@ -90,16 +90,22 @@ def recipe_of(cfg: DictConfig, data: FewShotDataModule) -> dict[str, Any]:
 
 
 def build(cfg: DictConfig, folder: Path) -> tuple[Method, Checkpoint | None]:
-    """The network, and the matching checkpoint that it is tested with or starts from; needs no data."""
-    start = None
+    """The network, and the matching checkpoint that it is tested with or starts from; needs no data.
+
+    A head in a .safetensors file is loaded into the network, and is no checkpoint to resume.
+    """
+    start, head = None, heads.named(cfg.ckpt)
     if cfg.mode == "train":
-        start = checkpoints.to_start_from(cfg.ckpt, folder, cfg.resume or was_requeued())
+        start = checkpoints.to_start_from(None if head else cfg.ckpt, folder, cfg.resume or was_requeued())
     network: Method = instantiate(cfg.model, backbone=instantiate(cfg.backbone))
-    if cfg.mode == "test" and (network.learned() or cfg.ckpt):
+    if head:
+        loaded = heads.load(head, network)
+        start = loaded if cfg.mode == "test" else start
+    elif cfg.mode == "test" and (network.learned() or cfg.ckpt):
         start = checkpoints.to_test(cfg.ckpt)
-    if start and start.released and cfg.mode == "test":
-        checkpoints.load_released(start, network)
-    elif start:
+        if start.released:
+            checkpoints.load_released(start, network)
+    if start and not (start.released and cfg.mode == "test"):
         start.check_network(network)
     equip(network.backbone, cfg.trainer)
     return network, start
@@ -124,7 +130,8 @@ def train(
     shape = trainings.shape(cfg, data, module.network, trainer.world_size)
     with trainings.claim(store, folder, shape, resume, partial(leave_if_asked, trainer)) as trained:
         if trained is None:
-            start = checkpoints.to_start_from(cfg.ckpt, folder, True)  # again: `claim` may have copied checkpoints
+            ckpt = None if heads.named(cfg.ckpt) else cfg.ckpt
+            start = checkpoints.to_start_from(ckpt, folder, True)  # again: `claim` may have copied checkpoints
             if start:
                 log.info("Resuming from %s", start.path)
             trainer.fit(module, data, ckpt_path=start.path if start else None, weights_only=True)
