@@ -7,16 +7,19 @@ Pixels are uint8, 0..255, masks uint8, 0 or 1. K and B may vary; so may the side
 does not allow it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -161,14 +164,29 @@ def name_of(path: tuple[Any, ...]) -> str:
     return ".".join(["seen", *parts])
 
 
-# PMNet without what saves memory or time: graphs have no loop over shots, and ONNX has no fast form of F.fold
+# Plain forms of what saves memory or time: graphs have no loop over shots, and sides may be unknown
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Within it, PMNet matches all shots at once, and its decoder convolves as the paper says."""
-    with patch.object(PMNetHead, "match", match), patch.object(decoder, "fused", convolved):
+    """Within it, PMNet matches all shots at once, its decoder convolves as the paper says, and timm pads unknown sides
+    in one step."""
+    with (
+        patch.object(PMNetHead, "match", match),
+        patch.object(decoder, "fused", convolved),
+        patch.object(import_module("timm.layers.conv2d_same"), "pad_same", padded),
+    ):
         yield
+
+
+def padded(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int] = (1, 1), value: float = 0
+) -> Tensor:
+    """As timm's `pad_same`; unknown sides are multiples of `MULTIPLE`, so the stride divides them."""
+    if all(isinstance(side, int) for side in x.shape[-2:]):
+        return pad_same(x, kernel, stride, dilation, value)
+    rows, columns = (max(d * (k - 1) + 1 - s, 0) for k, s, d in zip(kernel, stride, dilation, strict=True))
+    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=value)
 
 
 def match(self: PMNetHead, layer: str, query: list[Tensor], support: list[Tensor], support_masks: Tensor) -> Tensor:
