@@ -64,9 +64,9 @@ class DCAMAHead(Head):
     def __init__(self, channels: Mapping[str, int], blocks: Mapping[str, int]) -> None:
         keep_freed_memory()
         super().__init__()
-        if any(channels[m] % (2 * HEADS) for m in STAGES):
+        if any(channels[m] % HEADS for m in STAGES):
             raise SettingError(
-                f"DCAMA needs a backbone whose layer2, layer3 and layer4 have a multiple of {2 * HEADS} channels, not "
+                f"DCAMA needs a backbone whose layer2, layer3 and layer4 have a multiple of {HEADS} channels, not "
                 f"{', '.join(str(channels[m]) for m in STAGES)}."
             )
         self.DCAMA_blocks = nn.ModuleList(Attention(channels[m]) for m in STAGES)
@@ -130,7 +130,7 @@ class Attention(nn.Module):
     """The attention of one stage, shared by its blocks.
 
     Args:
-        channels: of the stage, a multiple of 2 * HEADS.
+        channels: of the stage, a multiple of HEADS.
     """
 
     def __init__(self, channels: int) -> None:

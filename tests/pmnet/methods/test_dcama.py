@@ -19,7 +19,7 @@ CHANNELS, BLOCKS = (
     {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048},
     {"layer2": 4, "layer3": 6, "layer4": 3},
 )
-TINY_CHANNELS = {"layer1": 8, "layer2": 16, "layer3": 16, "layer4": 32}
+TINY_CHANNELS = {"layer1": 8, "layer2": 24, "layer3": 16, "layer4": 32}
 TINY = {"layer1": 1, "layer2": 2, "layer3": 3, "layer4": 1}
 
 
@@ -224,7 +224,7 @@ def test_prefixes_backbone_and_position_codes_are_passed_over():
         (lambda s: s.update({"conv6.0.weight": torch.zeros(1)}), "unknown .*conv6.0.weight"),
         (lambda s: s.update({"conv4.1.weight": torch.zeros(3)}), "another shape .*conv4.1.weight"),
         (lambda s: s.pop("conv2.0.weight"), "conv2.0.weight"),
-        (lambda s: s.update({"DCAMA_blocks.1.linears.0.weight": torch.zeros(7, 7)}), "16 channels"),
+        (lambda s: s.update({"DCAMA_blocks.1.linears.0.weight": torch.zeros(7, 7)}), "8 channels"),
     ],
 )
 def test_tensors_of_something_else_are_refused(change, names):
@@ -267,8 +267,8 @@ def test_sides_and_sizes_that_are_not_taken():
     seen = method.see(*images(B=1, K=1)[1:])
     with pytest.raises(SettingError, match="of one size"):
         method.segment(torch.rand(1, 3, 96, 88), seen)
-    with pytest.raises(SettingError, match="multiple of 16 channels, not 16, 24, 32"):
-        DCAMAHead(TINY_CHANNELS | {"layer3": 24}, TINY)
+    with pytest.raises(SettingError, match="multiple of 8 channels, not 24, 20, 32"):
+        DCAMAHead(TINY_CHANNELS | {"layer3": 20}, TINY)
 
 
 def test_one_step_of_training():
