@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pmnet.errors import SettingError
-from pmnet.segment.images import IGNORE, MAX_PIXELS, as_image, load_image, one_error
+from pmnet.segment.images import IGNORE, MAX_PIXELS, SUFFIXES, as_image, load_image, one_error
 
 BACKGROUND = {"background", "_background_", "__background__"}  # names that stand for "none of the classes"
 IGNORED = {"ignore", "__ignore__", "void"}
@@ -64,6 +64,11 @@ class Annotated:
     read: Callable[[], np.ndarray]
     classes: Sequence[str]
 
+    @property
+    def path(self) -> Path:
+        """The file that holds the image."""
+        return self.image.path if isinstance(self.image, Embedded) else self.image
+
     def pixels(self) -> Tensor:
         """The image, (3, H, W) uint8, turned as EXIF says. Raises ImageError if it cannot be read."""
         return load_image(self.image) if isinstance(self.image, Path) else as_image(self.image.open())
@@ -75,9 +80,11 @@ class Annotated:
             SettingError: the annotation is invalid, or of another size than the image.
             ImageError: a file cannot be read.
         """
-        mask = self.read()
-        (height, width), (h, w) = size_of(self.image), mask.shape
-        if (h, w) != (height, width):
+        height, width = size_of(self.image)
+        is_mask = self.source.suffix.lower() in SUFFIXES
+        mask = None if is_mask and size_of(self.source) != (height, width) else self.read()
+        h, w = size_of(self.source) if mask is None else mask.shape
+        if mask is None or (h, w) != (height, width):
             raise SettingError(
                 f"{self.source} is {w}x{h} pixels, but its image {self.image.name} is {width}x{height}. Both need the "
                 "same size."

@@ -93,6 +93,7 @@ def test_palette_masks_are_read_by_value_not_by_colour(tmp_path):
 )
 def test_binary_masks_by_threshold_128_or_as_0_and_1(tmp_path, values, expected):
     data = read(write_by_class(tmp_path, classes=3))
+    save(tmp_path / "class01" / "1.jpg", np.zeros((1, len(values)), np.uint8))
     save(tmp_path / "class01" / "1.png", np.array([values], np.uint8))
     assert data.read_mask("class01/1", 1).tolist() == [expected]
 
