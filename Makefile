@@ -15,6 +15,9 @@ run: install  ## first contact: train on 15 synthetic classes, test on 5 unseen 
 	@echo "Training on synthetic images: about 4 minutes on 2 cores, at most 6 on a slow machine. It ends with a table and pictures."
 	@$(BIN)/python run.py experiment=quickstart
 
+demo: install  ## a page in the browser: paint an object in one photo, find it in others
+	@$(BIN)/pmnet serve
+
 test: install  ## all tests, the slow ones too; one test file per core at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n auto --maxprocesses 4 --dist loadfile
 
@@ -47,4 +50,4 @@ check: install  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: install run test quick bench faults fuzz audit docs check
+.PHONY: install run demo test quick bench faults fuzz audit docs check
