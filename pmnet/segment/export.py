@@ -184,7 +184,7 @@ def padded(
 ) -> Tensor:
     """As timm's `pad_same`; unknown sides are multiples of `MULTIPLE`, so the stride divides them."""
     if all(isinstance(side, int) for side in x.shape[-2:]):
-        return pad_same(x, kernel, stride, dilation, value)
+        return pad_same(x, list(kernel), list(stride), list(dilation), value)
     rows, columns = (max(d * (k - 1) + 1 - s, 0) for k, s, d in zip(kernel, stride, dilation, strict=True))
     return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=value)
 

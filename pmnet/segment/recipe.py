@@ -155,7 +155,8 @@ def made(config: Mapping[str, Any], kind: type, *arguments: Any) -> Any:
     Raises:
         CheckpointError: it is not a `kind` of this package, or does not take these options.
     """
-    options = {name: value for name, value in config.items() if not name.startswith("_")}
+    # not "download": no file can start one
+    options = {name: value for name, value in config.items() if not name.startswith("_") and name != "download"}
     target = str(config.get("_target_", ""))
     home, _, name = target.rpartition(".")
     try:

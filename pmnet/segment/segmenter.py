@@ -23,6 +23,7 @@ from pmnet.backbones.base import Features, union
 from pmnet.errors import SettingError
 from pmnet.methods.base import Head, pick, repeated
 from pmnet.segment import classfile, marks, tiles
+from pmnet.segment.hub import Hub
 from pmnet.segment.images import AnyImage, Frame, as_image, as_mask, image_files
 from pmnet.segment.presence import PRESENT, Presence, calibrated, evidence, prototype
 from pmnet.segment.recipe import DEFAULT, Built, build
@@ -82,7 +83,7 @@ class Shown:
     presence: Presence | None = None
 
 
-class Segmenter:
+class Segmenter(Hub):
     """A method with its weights, and the classes it was shown.
 
     Args:

@@ -188,12 +188,10 @@ def test_checkpoint_of_a_run_says_what_it_was_trained_on(tmp_path: Path) -> None
 
 
 def test_segmenter_of_a_folder(tmp_path: Path) -> None:
-    class OfHub(hub.Hub, Segmenter):  # as Segmenter is, or will be
-        load = Segmenter.load
 
     built = random(PMNET, SMALL)
-    OfHub(built).save_pretrained(tmp_path)
-    segmenter = OfHub.from_pretrained(tmp_path, device="cpu")
+    Segmenter(built).save_pretrained(tmp_path)
+    segmenter = Segmenter.from_pretrained(tmp_path, device="cpu")
     support, masks, query = export.example((64, 96), shots=1, batch=1)
     with torch.no_grad():
         got, want = (method(query, support, masks) for method in (segmenter.method, built.method))
@@ -232,10 +230,7 @@ def test_push_uploads_the_head_and_the_card_alone(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
 
-    class OfHub(hub.Hub, Segmenter):
-        pass
-
-    assert OfHub(random(PMNET, SMALL)).push_to_hub("owner/name").endswith("owner/name")
+    assert Segmenter(random(PMNET, SMALL)).push_to_hub("owner/name").endswith("owner/name")
     assert done == {"private": True, "files": ["README.md", "model.safetensors"]}
 
 
