@@ -23,11 +23,11 @@ from datamodules.benchmarks.pascal import LISTS, PascalDataset, sbd_mask
 from datamodules.benchmarks.suim import SUIMDataset
 from datamodules.command import config
 from datamodules.own.folder import class_names
-from datamodules.own.scan import foreground, index_values
 from datamodules.prepare.ready import DIGESTS, MANIFEST, check
 from datamodules.prepare.source import Source
 from experiments.run import checkpoints
 from pmnet.files import read_file
+from pmnet.segment.formats.masks import foreground, index_values
 from pmnet.segment.images import load_image, verify
 from tests.fuzz import seeds
 from tests.fuzz.mutate import Random, change, damage, right_checksums

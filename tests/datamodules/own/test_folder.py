@@ -5,9 +5,9 @@ from PIL import Image
 
 from datamodules.errors import DatasetError
 from datamodules.own.folder import FolderDataset
-from datamodules.own.layouts import UNDERSTOOD, pairs_of_index_masks
-from datamodules.own.scan import index_values, scan
 from pmnet.errors import ImageError
+from pmnet.segment.formats import UNDERSTOOD
+from pmnet.segment.formats.pairs import NAMES
 from pmnet.segment.images import load_image
 from tests.data.folder import write_by_class, write_indexed
 
@@ -232,16 +232,6 @@ def test_black_and_white_masks_of_several_classes(tmp_path):
     assert "min_area" not in message
 
 
-# What a scan finds
-
-
-def test_scan_counts_the_pixels_of_each_value_as_numpy_does(tmp_path):
-    pairs = pairs_of_index_masks(write_indexed(tmp_path, classes=3))
-    for name, counts in scan(pairs, index_values, "images").items():
-        values, numbers = np.unique(np.array(Image.open(tmp_path / "masks" / f"{name}.png")), return_counts=True)
-        assert counts == dict(zip(values.tolist(), numbers.tolist(), strict=True))
-
-
 # Classes, folds and splits
 
 
@@ -348,7 +338,7 @@ def test_empty_images_folder(tmp_path):
         (tmp_path / part).mkdir()
     message = error_of(lambda: read(tmp_path))
     assert str(tmp_path / "images") in message
-    assert UNDERSTOOD in message
+    assert NAMES in message
 
 
 @pytest.mark.parametrize("write, taken, left", [(write_indexed, "masks/003.png", "images/003.jpg"),
@@ -360,7 +350,7 @@ def test_file_without_its_partner(tmp_path, write, taken, left):
     message = error_of(lambda: read(tmp_path))
     assert f"{tmp_path / left} has no partner" in message
     assert "(1 such files" in message
-    assert UNDERSTOOD in message
+    assert NAMES in message
 
 
 @pytest.mark.parametrize("write, name", [(write_indexed, "images/002.jpg"), (write_by_class, "class00/2.jpg")])
