@@ -34,6 +34,8 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     network, start = build(cfg, folder)
     learns = cfg.mode == "train" and bool(network.learned())
     data: FewShotDataModule = instantiate(cfg.episodes)
+    if learns and data.augment:
+        network.backbone.cache = None  # no image comes twice
     network.check_sides(data.image_size)
     network.check_shots(data.shot)
     if cfg.fold.index == "all" and data.same:
