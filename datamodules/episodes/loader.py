@@ -37,12 +37,10 @@ class TrainingLoader(EpisodeLoader):
 
     served = 0  # batches of this epoch so far
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Any]:
+        """Starts the workers with the first batch: only then has a resumed Trainer told the sampler its epoch."""
         self.served = self.sampler.skip  # type: ignore[attr-defined]
-        return self.counted(super().__iter__())
-
-    def counted(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
+        for batch in super().__iter__():
             self.served += 1
             yield batch
 

@@ -307,6 +307,17 @@ def test_training_resumes_in_the_middle_of_an_epoch(folder, workers):
     assert len(list(resumed)) == len(whole) == 5
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_wait_for_the_epoch(folder, workers):
+    """The Trainer sets the epoch after `iter`, when a training is resumed between two epochs."""
+    loader = make(folder, batch_size=2, workers=workers).train_dataloader()
+    batches = iter(loader)
+    loader.sampler.set_epoch(2)
+    expected = make(folder, batch_size=2).train_dataloader()
+    expected.sampler.set_epoch(2)
+    assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
+
+
 def test_finished_epoch_is_not_resumed(folder):
     loader = make(folder, batch_size=2).train_dataloader()
     list(loader)
