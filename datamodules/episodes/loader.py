@@ -37,7 +37,7 @@ class TrainingLoader(EpisodeLoader):
 
     served = 0  # batches of this epoch so far
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Starts the workers with the first batch: only then has a resumed Trainer told the sampler its epoch."""
         self.served = self.sampler.skip  # type: ignore[attr-defined]
         for batch in super().__iter__():

@@ -358,6 +358,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
             part.unlink(missing_ok=True)
             if isinstance(error.__context__, SystemExit):
                 raise error.__context__ from None
+            if "killed by signal" in str(error):  # of a worker, told at any moment
+                raise
             kept = f"The previous checkpoint is kept: {path}." if path.exists() else "There is no earlier one."
             raise CheckpointError(
                 f"Could not write the checkpoint {path}: {error}. Is the disk full? {kept} Free some space and run the "

@@ -108,7 +108,7 @@ def as_message(error: Exception) -> str | None:
         return f"torch.compile failed: {str(cause).splitlines()[0]}. Use trainer.compile=false."
     if isinstance(cause, EXPECTED):
         return explain(cause)
-    if "shared memory" in str(cause) or "killed by signal" in str(cause):
+    if any(words in str(cause) for words in ("shared memory", "killed by signal", "exited unexpectedly")):
         return (
             f"A worker that reads images could not deliver: {last_line(cause)} Give the container more shared memory "
             "(docker run --shm-size=2g), or read in the main process: episodes.workers=0."
