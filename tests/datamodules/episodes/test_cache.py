@@ -109,8 +109,8 @@ def test_pickled_cache_carries_no_pixels(root, tmp_path):
     data = read(root)
     cache = ImageCache(tmp_path / "cache", data, names_of(data), (320, 320))
     cache["000"]
-    copy = pickle.dumps(cache)
-    assert len(copy) < 3000
+    copy = pickle.dumps(cache)  # the dataset, which goes along with its episodes anyway, is part of it
+    assert len(copy) < 3000 + len(pickle.dumps(data))
     assert torch.equal(pickle.loads(copy)["000"][0], cache["000"][0])
 
 
@@ -134,3 +134,33 @@ def test_cached_images_are_not_decoded_again(root, tmp_path):
         path.write_bytes(b"gone")
     episodes = Episodes(data, specs, SIZE, cache=cache)
     assert all(episodes[i].query.shape == (3, *SIZE) for i in range(6))
+
+
+@pytest.mark.parametrize("how", ["truncated", "header", "empty", "sums", "no sums"])
+def test_cache_of_a_damaged_file_is_built_again(how, root, tmp_path):
+    data = read(root)
+    ImageCache(tmp_path / "cache", data, names_of(data), SIZE)
+    (path,), (sums,) = (list((tmp_path / "cache").glob(f"*.{end}")) for end in ("npy", "sums"))
+    content = path.read_bytes()
+    if how == "no sums":
+        sums.unlink()
+    elif how == "sums":
+        sums.write_bytes(sums.read_bytes()[:-9])
+    else:
+        path.write_bytes({"truncated": content[:-1000], "header": b"\0" * 80 + content[80:], "empty": b""}[how])
+    cache = ImageCache(tmp_path / "cache", data, names_of(data), SIZE)
+    for name in names_of(data):
+        assert all(map(torch.equal, cache[name], resized(data, name, SIZE)))
+
+
+def test_flipped_bits_are_noticed(root, tmp_path, caplog):
+    data = read(root)
+    ImageCache(tmp_path / "cache", data, names_of(data), SIZE)
+    (path,) = (tmp_path / "cache").glob("*.npy")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 16
+    path.write_bytes(content)
+    cache = ImageCache(tmp_path / "cache", data, names_of(data), SIZE)
+    for name in names_of(data):
+        assert all(map(torch.equal, cache[name], resized(data, name, SIZE)))
+    assert caplog.text.count("is damaged at") == 1
