@@ -17,6 +17,7 @@ class DiceCrossEntropy(nn.Module):
         ignore_index: mask value that does not count.
 
     Example:
+        >>> import torch
         >>> mask = torch.tensor([[[0, 1], [1, 255]]])
         >>> right = torch.stack([1 - mask, mask], dim=1) * 20.0
         >>> f"{DiceCrossEntropy()(right, mask):.3f} {DiceCrossEntropy()(-right, mask):.3f}"

@@ -4,6 +4,7 @@ import json
 import operator
 import random
 import shutil
+import signal
 import time
 import zipfile
 from contextlib import suppress
@@ -74,6 +75,8 @@ def messages(case: Case, silent: bool) -> list[str]:
     for process, path in case.started:
         output = path.read_text(errors="replace")
         told = sum(output.count(words) for words in ("Error: ", "] Terminated (", "Interrupted."))
+        if process.returncode == -signal.SIGINT and last_line(output) == "KeyboardInterrupt":
+            continue  # Python itself, before the run has begun
         if process.returncode == 0 or ((silent or process.returncode < 0) and not told and "Traceback" not in output):
             continue
         if "Traceback" in output:

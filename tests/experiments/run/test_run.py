@@ -234,7 +234,7 @@ def test_broken_image_in_a_worker_is_one_message(tmp_path: Path) -> None:
         "    import multiprocessing as m\n"
         "    if m.parent_process() is not None: path = path.with_name('gone.jpg')\n"
         "    return real(path)\n"
-        "import datamodules.own.folder as f; f.load_image = load\n"
+        "import pmnet.segment.formats.annotated as f; f.load_image = load\n"
         "import runpy; runpy.run_path('run.py', run_name='__main__')\n"
     )
     setting = [*TINY, "dataset=folder", f"dataset.root={tmp_path}/data", "dataset.folds=2", "episodes.workers=1"]
