@@ -7,6 +7,7 @@ segmenter.push_to_hub("name/repository")
 
 import json
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -22,15 +23,16 @@ from pmnet.version import VERSION
 WEIGHTS, CARD = "model.safetensors", "README.md"
 
 
-class Hub:
+class Hub(ABC):
     """What lets a Segmenter be loaded from a folder or a repository, and be written there."""
 
     recipe: dict[str, Any]
     method: Any
 
     @classmethod
+    @abstractmethod
     def load(cls, source: str | Path, device: str = "auto", keep_aspect: bool | None = None) -> Self:
-        raise NotImplementedError
+        """See `Segmenter.load`."""
 
     @classmethod
     def from_pretrained(

@@ -6,6 +6,7 @@ points and scribbles, what is least like the object and the border of the image 
 mark on the object is more probably object.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,16 +23,16 @@ REACH = 0.2  # how far the object reaches beyond a mark, as a share of the image
 CELL = 4  # pixels of the network's image that are judged together
 
 
-class Mark:
+class Mark(ABC):
     """What stands for a mask."""
 
+    @abstractmethod
     def seeds(self, size: tuple[int, int]) -> Tensor:
         """(H, W) uint8 of BACKGROUND, FOREGROUND, UNKNOWN, PROBABLE foreground, for an image of `size` H, W.
 
         Raises:
             SettingError: the mark lies outside the image.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ class Segmenter(Hub):
         feats = self.method.backbone_pass(images[positive], {self.layer: "last"})
         shown.prototype = prototype(self.deepest(feats), masks[positive])
 
+    @torch.no_grad()
     def calibrate(self) -> None:
         """Finds from supports and negatives from which score on a class counts as present."""
         for name, shown in self.shown.items():
@@ -314,11 +315,15 @@ class Segmenter(Hub):
 
     def described(self) -> dict[str, Any]:
         """What the masks depend on, in plain values."""
-        shown = hashlib.sha256()
+        head, shown = hashlib.sha256(), hashlib.sha256()
+        state = self.method.state_dict()
+        for name in sorted(self.method.saved()):
+            head.update(state[name].cpu().contiguous().numpy().tobytes())
         for each in self.shown.values():
             shown.update(each.images.numpy().tobytes() + each.masks.numpy().tobytes())
         facts = {
             "head": self.recipe["name"],
+            "head_sha256": head.hexdigest(),
             "model": self.recipe["model"],
             "backbone": self.recipe["needs"]["backbone"],
         }

@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pmnet.segment.segmenter import Segmenter
 
     tile = tile_of(arguments.tile)
-    if arguments.classes and (arguments.head or arguments.negatives):
-        raise SettingError("A class file holds its head and its examples: leave out --head and --negatives.")
+    if arguments.classes and (arguments.head or arguments.negatives or arguments.keep_aspect):
+        raise SettingError("A class file holds all this: leave out --head, --negatives and --keep-aspect.")
     if not arguments.images.exists():
         raise SettingError(f"There is no image or folder {arguments.images.absolute()}.")
     source = arguments.classes or arguments.head or DEFAULT
