@@ -169,7 +169,7 @@ def print_setting(cfg: DictConfig, data: FewShotDataModule, network: Method) -> 
     table.add_row("base classes", shorten(data.base_classes))
     table.add_row("tested classes", shorten(data.test_classes))
     seen = data.seen(data.base_classes, data.dataset.name)
-    if seen:
+    if seen and cfg.mode == "train":  # a checkpoint from elsewhere may have seen others: the results name them
         table.add_row("of these, trained on", shorten(seen))
     table.add_row("backbone", escape(f"{made.backbone}, weights {made.weights} ({made.source})"))
     table.add_row("parameters", f"{learnable(network):,} learnable, {frozen(network):,} frozen")
