@@ -1,6 +1,13 @@
 """The only entry. `python run.py --help` shows the choices, README.md the commands to begin with."""
+# ruff: noqa: E402
 
+import signal
 import sys
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until a run or a sweep takes the signals itself, Ctrl-C ends the process without a word. As an exception it would
+    # be a traceback from the middle of an import, and some imports swallow it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from omegaconf import DictConfig
@@ -16,8 +23,13 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    wait = True
     try:
         main()
+    except KeyboardInterrupt:  # a sweep's: a run takes the signal itself
+        wait = False
+        print("Interrupted. Run the same command again: it takes over the finished trainings.", file=sys.stderr)
+        sys.exit(130)
     finally:
         if Sweep.under_way:  # broken off: what its jobs have done is summed up all the same
-            Sweep.under_way.end(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt))
+            Sweep.under_way.end(wait)

@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PMNetError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
 
 
 def show(args: argparse.Namespace) -> None:

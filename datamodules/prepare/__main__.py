@@ -55,7 +55,8 @@ def main() -> None:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error) + again)}", highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit("Interrupted. Run the same command again to resume.")
+        print("Interrupted. Run the same command again to resume.", file=sys.stderr)
+        sys.exit(130)
     lines = [("ready", f"{ready.absolute()}: {manifest['counts']['pairs']:,} images with masks")]
     lines += [("rule", rule) for rule in manifest["rules"]] + [("lists", manifest["lists"]["origin"])]
     for name, text in lines:

@@ -10,10 +10,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from filelock import BaseFileLock, FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -32,6 +32,7 @@ from experiments.sweep import slurm
 
 log = logging.getLogger(__name__)
 RUN = Path(__file__).parents[2] / "run.py"
+PATIENCE = 8.0  # seconds for a job to end: a little more than it gives itself
 
 
 class Sweep(Callback):
@@ -54,6 +55,8 @@ class Sweep(Callback):
         started = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(self.folder / "sweep.json", {"command": sys.argv, "started": started, "jobs": planned(config)})
         Sweep.under_way = self
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on there is something to sum up
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         try:
@@ -128,10 +131,10 @@ def run_alone(cfg: DictConfig) -> float:
     with ExitStack() as stack:
         free = {} if in_turn else stack.enter_context(reserved_gpus(cfg.trainer.accelerator, cfg.trainer.devices))
         output = None if in_turn else stack.enter_context((folder / "output.txt").open("a"))
-        done = subprocess.run(command, env=os.environ | free, stdout=output, stderr=output, check=False)
-    if done.returncode or not (folder / "results.json").exists():
+        code = exit_code(command, os.environ | free, output)
+    if code or not (folder / "results.json").exists():
         if not (folder / "failure.json").exists():
-            write_json(folder / "failure.json", {"error": exit_message(done.returncode), "traceback": None})
+            write_json(folder / "failure.json", {"error": exit_message(code), "traceback": None})
         log.error("Job %d failed: %s", number, read_json(folder / "failure.json")["error"])
         return failed_score(read_json(folder / "failure.json")["error"])
     record = read_json(folder / "results.json")
@@ -139,6 +142,19 @@ def run_alone(cfg: DictConfig) -> float:
         log.info("Job %d finished: mIoU %.1f, %s", number, record["test"]["miou"], folder)
     score = record.get("checkpoint", {}).get("val_miou")
     return float("nan") if score is None else score
+
+
+def exit_code(command: list[str], env: dict[str, str], output: IO[str] | None) -> int:
+    """Runs a job; when the sweep is interrupted, the job gets the time to end in order."""
+    with subprocess.Popen(command, env=env, stdout=output, stderr=output) as job:
+        try:
+            return job.wait()
+        except BaseException:
+            job.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(PATIENCE)
+            job.kill()
+            raise
 
 
 def failed_score(error: str) -> float:
