@@ -1,5 +1,4 @@
 """The only entry. `python run.py --help` shows the choices, README.md the commands to begin with."""
-# ruff: noqa: E402
 
 import signal
 import sys

@@ -4,7 +4,6 @@ import json
 import operator
 import random
 import shutil
-import signal
 import time
 import zipfile
 from contextlib import suppress
