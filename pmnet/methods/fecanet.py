@@ -222,7 +222,7 @@ class Gate(nn.Module):
 
 
 class FECANet(Method):
-    """Takes any number of shots and any image sides. Training takes one shot.
+    """Takes any number of shots and any image sides.
 
     Args:
         backbone: with layer2, layer3 and layer4 at strides of 8, 16 and 32.
@@ -253,16 +253,19 @@ class FECANet(Method):
         self.memory: dict[tuple[str, int], Tensor] = {}
 
     def loss(self, episode: Any, criterion: Criterion) -> Tensor:
-        """The training loss, a scalar. Stores the predictions in `memory`. Arguments as in `Method.loss`."""
+        """The training loss, a scalar: of every support's own answer, the last of which goes into `memory`.
+
+        Arguments as in `Method.loss`.
+        """
         query_feats, support_feats = self.features(episode.query, episode.support, episode.support_masks)
-        size = native(query_feats)
+        size, K = native(query_feats), episode.support_masks.shape[1]
         query_feats = {**query_feats, HISTORY: [self.recalled(episode, size)]}
         seen = self.head.see(support_feats, episode.support_masks)
-        logits = self.head.segment(query_feats, seen, size)
-        for spec, share in zip(episode.spec, logits.detach().softmax(dim=1)[:, 1], strict=True):
+        answers_BK2hw = self.head.answers(query_feats, seen, size)
+        for spec, share in zip(episode.spec, answers_BK2hw[:, -1].detach().softmax(dim=1)[:, 1], strict=True):
             self.memory[spec.query, spec.class_id] = share.to("cpu", torch.float16)
-        masks = episode.query_mask.masked_fill(episode.query_mask == IGNORE, 0)
-        return scored(criterion, resize(logits, size_of(masks)), masks)
+        masks = episode.query_mask.masked_fill(episode.query_mask == IGNORE, 0).repeat_interleave(K, dim=0)
+        return scored(criterion, resize(answers_BK2hw.flatten(0, 1), size_of(masks)), masks)
 
     def recalled(self, episode: Any, size: tuple[int, int]) -> Tensor:
         """(B, 2, 2h, 2w): the last predictions for a random part of the queries, zeros for the others."""

@@ -248,8 +248,8 @@ def test_method_on_images_of_any_side(K, fem):
     assert torch.equal(method.predict(query, support.flip(1), masks.flip(1)), method.predict(query, support, masks))
 
 
-def episode(names=("a", "b")):
-    query, support, masks = images(K=1)
+def episode(names=("a", "b"), K=1):
+    query, support, masks = images(K=K)
     answer = masks[:, 0].clone()
     answer[:, :8] = 255
     spec = [SimpleNamespace(query=name, class_id=3) for name in names]
@@ -272,6 +272,28 @@ def test_one_step_of_training(fem):
     optimizer.step()
     assert method.loss(batch, LOSS) < loss
     assert not any("memory" in name for name in method.saved())
+
+
+@both
+def test_several_shots_in_training_answer_alone(fem):
+    """As for the methods that also vote at test: votes have no gradient. The last answer is remembered."""
+    torch.manual_seed(0)
+    method = FECANet(SmallBackbone("none"), fem=fem).train()
+    batch = episode(K=2)
+    alone = []
+    for k in range(2):
+        shot = {"support": batch.support[:, k : k + 1], "support_masks": batch.support_masks[:, k : k + 1]}
+        method.memory.clear()
+        alone.append(method.loss(SimpleNamespace(**{**vars(batch), **shot}), LOSS))
+    last = dict(method.memory)
+    method.memory.clear()
+    loss = method.loss(batch, LOSS)
+    torch.testing.assert_close(loss, (alone[0] + alone[1]) / 2)
+    assert not torch.equal(alone[0], alone[1])
+    for key, share in last.items():
+        torch.testing.assert_close(method.memory[key], share, rtol=0, atol=1e-3)
+    loss.backward()
+    assert all(p.grad is not None for p in method.learned())
 
 
 def test_last_answers_are_remembered_by_query_and_class_and_given_at_random():
