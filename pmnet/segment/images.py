@@ -18,6 +18,7 @@ STRIP = 512  # rows converted at a time
 GREY = (124, 116, 104)  # ImageNet's mean
 IGNORE = 255  # mask value of pixels that count as neither
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+TURN = " The photo is turned as its EXIF orientation says: turn the mask as well, or remove the orientation."
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -28,7 +29,8 @@ def load_image(path: Path, turn: bool = True) -> Tensor:
         turn: apply the EXIF orientation. Published masks follow the stored pixels, so benchmarks do not.
 
     Returns:
-        (3, H, W) uint8 RGB; 16-bit greyscale is scaled to 8 bits.
+        (3, H, W) uint8 RGB. Greyscale of 12 or 16 bits, told apart by the largest value, is scaled to 8 bits, and
+        floats in 0..1 to 0..255.
 
     Raises:
         ImageError: the file is missing or cannot be read.
@@ -42,8 +44,12 @@ def load_image(path: Path, turn: bool = True) -> Tensor:
 
 def pixels(image: Image.Image) -> Tensor:
     """(3, H, W) uint8 of a PIL image of any mode."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip, not scale
+    if image.mode.startswith("I;16") or image.mode == "I":  # convert() would clip, not scale
+        values = np.asarray(image)
+        depth = next((bits for bits in (8, 12) if values.max() < 1 << bits), 16)
+        image = Image.fromarray((values >> (depth - 8)).astype(np.uint8))
+    if image.mode == "F" and 0 < np.asarray(image).max() <= 1:
+        image = Image.fromarray((np.asarray(image).clip(min=0) * 255).round().astype(np.uint8))
     return torch.from_numpy(rgb_array(image)).permute(2, 0, 1)
 
 
@@ -141,8 +147,9 @@ def eight_bits(values: Tensor) -> Tensor:
 def as_mask(mask: AnyImage, size: tuple[int, int]) -> Tensor:
     """The mask of a support, (H, W) uint8: 0 = background, 1 = foreground, 255 = ignore.
 
-    Every other value than 0 is foreground, but 255 is "ignore" if further values are there; a mask in colours or with
-    transparency is foreground where it is not black, or not transparent.
+    Every other value than 0 is foreground, but 255 is "ignore" if further values are there. If some of these are 128 or
+    more, as smoothing and JPEG leave them, foreground begins at 128; in floats of 0..1 above 0.5. A mask in colours or
+    with transparency is foreground where it is not black, or not transparent.
 
     Args:
         size: (H, W) of its image.
@@ -155,18 +162,29 @@ def as_mask(mask: AnyImage, size: tuple[int, int]) -> Tensor:
     if isinstance(mask, (str, Path)):
         mask = decode(Path(mask))
     if isinstance(mask, Image.Image):
-        colours = mask.mode in ("RGB", "RGBA", "LA", "CMYK", "HSV", "LAB", "YCbCr")
+        colours = mask.mode in ("RGB", "RGBA", "LA", "CMYK", "HSV", "LAB", "YCbCr") or white_first(mask)
         mask = np.asarray(mask if not colours else flat_mask(mask))
     values = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     values = values.detach().cpu().squeeze()
     if tuple(values.shape) != tuple(size):
         raise SettingError(
             f"{where} has {' x '.join(map(str, values.shape))} pixels, its image {size[0]} x {size[1]} (height x "
-            "width): they must be equal."
+            f"width): they must be equal.{TURN if tuple(values.shape) == tuple(size)[::-1] else ''}"
         )
     values = values.int() if values.dtype == torch.uint16 else values
-    ignored = (values == IGNORE) & bool(((values != 0) & (values != IGNORE)).any())
+    if values.is_floating_point() and values.max() <= 1:
+        values = values > 0.5
+    white = values == IGNORE
+    if white.any() and ((values >= 128) & (values < IGNORE)).any():  # smoothed edges, or JPEG
+        return (values >= 128).to(torch.uint8)
+    ignored = white & bool(((values != 0) & ~white).any())
     return (values != 0).to(torch.uint8).masked_fill(ignored, IGNORE)
+
+
+def white_first(mask: Image.Image) -> bool:
+    """Whether a palette holds black and white, in this order of numbers: white, black."""
+    colours = np.reshape(mask.getpalette() or [], (-1, 3)) if mask.mode == "P" else np.zeros((0, 3))
+    return len(colours) > 1 and bool((colours[0] > 0).all()) and not colours[1:].any()
 
 
 def flat_mask(mask: Image.Image) -> Image.Image:

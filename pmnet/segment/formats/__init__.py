@@ -100,13 +100,13 @@ def readers_of(root: Path) -> dict[str, Callable[[], list[Annotated]]]:
     of_coco = {path: content for path, content in documents.items() if coco.is_one(content)}
     of_labelme = {path: content for path, content in documents.items() if labelme.is_one(content)}
     readers: dict[str, Callable[[], list[Annotated]]] = {}
+    by_file_name = defaultdict[str, list[Path]](list)
+    for path in images:
+        by_file_name[path.name].append(path)
     if of_coco:
-        by_file_name = defaultdict[str, list[Path]](list)
-        for path in images:
-            by_file_name[path.name].append(path)
         readers[f"COCO json ({named(of_coco, root)})"] = partial(coco.read, root, of_coco, by_file_name)
     if of_labelme:
-        readers[f"labelme json ({named(of_labelme, root)})"] = partial(labelme.read, root, of_labelme)
+        readers[f"labelme json ({named(of_labelme, root)})"] = partial(labelme.read, root, of_labelme, by_file_name)
     if labels := yolo.pairs(images):
         readers[f"YOLO labels ({named([p for p in labels.values() if p], root)})"] = partial(yolo.read, root, labels)
     if (folders := mask_folders(root)) is not None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pmnet.errors import SettingError
-from pmnet.segment.images import IGNORE, MAX_PIXELS, SUFFIXES, as_image, load_image, one_error
+from pmnet.segment.images import IGNORE, MAX_PIXELS, SUFFIXES, TURN, as_image, load_image, one_error
 
 BACKGROUND = {"background", "_background_", "__background__"}  # names that stand for "none of the classes"
 IGNORED = {"ignore", "__ignore__", "void"}
@@ -87,7 +87,7 @@ class Annotated:
         if mask is None or (h, w) != (height, width):
             raise SettingError(
                 f"{self.source} is {w}x{h} pixels, but its image {self.image.name} is {width}x{height}. Both need the "
-                "same size."
+                f"same size.{TURN if (w, h) == (height, width) else ''}"
             )
         return mask
 
@@ -166,9 +166,11 @@ def listed(path: Path) -> list[str]:
 
 def checked_size(height: object, width: object) -> tuple[int, int]:
     """Raises ValueError if no image has this size."""
-    if type(height) is not int or type(width) is not int or not 0 < height * width <= MAX_PIXELS or height < 1:
+    numbers = [side for side in (height, width) if isinstance(side, (int, float)) and not isinstance(side, bool)]
+    sides = [int(side) for side in numbers if float(side).is_integer() and side > 0]
+    if len(sides) < 2 or sides[0] * sides[1] > MAX_PIXELS:
         raise ValueError(f"an image cannot be {width}x{height} pixels")
-    return height, width
+    return sides[0], sides[1]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pmnet.errors import SettingError
-from pmnet.segment.formats.annotated import Annotated, checked_size, classes_of, name_of, numbered, valid
+from pmnet.segment.formats.annotated import Annotated, checked_size, classes_of, name_of, numbered, size_of, valid
 from pmnet.segment.formats.raster import Rings, Runs, Shape, Size, painted, points_of
 
 
@@ -22,7 +22,7 @@ class Photo(NamedTuple):
 
     id: Any
     file_name: str
-    size: Size
+    size: Size | None  # None: that of the file
 
 
 class Object(NamedTuple):
@@ -40,10 +40,11 @@ def compact(entry: dict[str, Any]) -> Any:
             return Object(entry["image_id"], entry["category_id"], shape_of(entry.get("segmentation")))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             return ValueError(f"annotation {entry.get('id')}: {error}")  # raised if the file turns out to be COCO's
-    if "file_name" in entry and "id" in entry and "height" in entry:
+    if "file_name" in entry and "id" in entry:
         name = str(entry["file_name"]).replace("\\", "/")
+        height, width = entry.get("height"), entry.get("width")
         try:
-            return Photo(entry["id"], name, checked_size(entry["height"], entry.get("width")))
+            return Photo(entry["id"], name, None if height is width is None else checked_size(height, width))
         except ValueError as error:
             return ValueError(f"{name}: {error}")
     return entry
@@ -93,7 +94,7 @@ def read(root: Path, contents: Mapping[Path, Any], images: Mapping[str, Sequence
         bases = (path.parent, path.parent / "images", root, root / "images")
         for photo in content["images"]:
             image = find(photo.file_name, path, bases, images)
-            read_mask = partial(mask_of, path, photo, shapes.get(photo.id, ()))
+            read_mask = partial(mask_of, path, photo, image, shapes.get(photo.id, ()))
             found.append(Annotated(name_of(image, root), image, path, read_mask, classes_of(values)))
     return found
 
@@ -104,7 +105,7 @@ def shapes_by_image(content: Any, values: Mapping[Any, int]) -> dict[Any, list[t
         if isinstance(each, ValueError):
             raise each
     if not all(isinstance(photo, Photo) for photo in content["images"]):
-        raise ValueError("an image has no id, file_name, height or width")
+        raise ValueError("an image has no id or no file_name")
     shapes = defaultdict[Any, list[tuple[int, Shape]]](list)
     known = {photo.id for photo in content["images"]}
     for each in content["annotations"]:
@@ -130,6 +131,6 @@ def find(name: str, path: Path, bases: Sequence[Path], images: Mapping[str, Sequ
     return found[0]
 
 
-def mask_of(path: Path, photo: Photo, shapes: Sequence[tuple[int, Shape]]) -> np.ndarray:
+def mask_of(path: Path, photo: Photo, image: Path, shapes: Sequence[tuple[int, Shape]]) -> np.ndarray:
     with valid(path, f"the annotation of {photo.file_name}"):
-        return painted(photo.size, shapes)
+        return painted(photo.size or size_of(image), shapes)

@@ -1,6 +1,7 @@
 """labelme's json: one file per image, with polygons, rectangles, circles, lines, points and masks.
 
-root/NAME.json            its imagePath names the image, relative to the file; or imageData holds it
+root/NAME.json            its imagePath names the image, relative to the file or anywhere in the folder; or imageData
+                          holds it
 root/labels.txt           optional, the order of the classes; otherwise they are sorted by name
 """
 
@@ -47,7 +48,10 @@ class Crop:
     png: str
 
     def paint(self, index: np.ndarray, value: int) -> None:
-        marked = np.asarray(Image.open(io.BytesIO(base64.b64decode(self.png))).convert("L")) > 0
+        try:
+            marked = np.asarray(Image.open(io.BytesIO(base64.b64decode(self.png))).convert("L")) > 0
+        except OSError as error:
+            raise ValueError("the PNG of a mask is damaged") from error
         x, y = self.corner
         part = index[max(y, 0) :, max(x, 0) :][: marked.shape[0] + min(y, 0), : marked.shape[1] + min(x, 0)]
         part[marked[max(-y, 0) :, max(-x, 0) :][: part.shape[0], : part.shape[1]]] = value
@@ -91,12 +95,13 @@ def is_one(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("shapes"), list) and "imagePath" in content
 
 
-def read(root: Path, contents: Mapping[Path, Any]) -> list[Annotated]:
+def read(root: Path, contents: Mapping[Path, Any], images: Mapping[str, Sequence[Path]]) -> list[Annotated]:
     """The images of all files.
 
     Args:
         root: the folder that is read.
         contents: file -> what `compact` left of it.
+        images: name -> image files of the folder with this name.
 
     Raises:
         SettingError: a file is invalid, or its image is missing.
@@ -113,14 +118,18 @@ def read(root: Path, contents: Mapping[Path, Any]) -> list[Annotated]:
     for path, content in contents.items():
         name = path.relative_to(root).with_suffix("").as_posix()
         shapes = [(values[each.label], each.shape) for each in content["shapes"]]
-        image = image_of(path, content)
+        image = image_of(path, content, images)
         size = content.get("imageHeight"), content.get("imageWidth")
         found.append(Annotated(name, image, path, partial(mask_of, path, image, size, shapes), classes_of(values)))
     return found
 
 
-def image_of(path: Path, content: Mapping[str, Any]) -> Path | Embedded:
-    """The image of a file. Raises SettingError if there is none."""
+def image_of(path: Path, content: Mapping[str, Any], images: Mapping[str, Sequence[Path]]) -> Path | Embedded:
+    """The image of a file: where the file says, beside it, in it, or the only one of this name in the folder.
+
+    Raises:
+        SettingError: there is none.
+    """
     named = PurePosixPath(str(content["imagePath"]).replace("\\", "/"))
     if (path.parent / named).is_file():
         return path.parent / named
@@ -129,6 +138,8 @@ def image_of(path: Path, content: Mapping[str, Any]) -> Path | Embedded:
             return path.with_suffix(suffix)
     if content["imageData"]:
         return Embedded(path)
+    if len(found := images.get(named.name, ())) == 1:
+        return found[0]
     raise SettingError(
         f"{path} names the image {named}, which is not there, and holds no imageData. Put the image beside it."
     )

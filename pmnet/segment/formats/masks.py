@@ -14,7 +14,7 @@ import numpy as np
 from pmnet.errors import SettingError
 from pmnet.segment.formats.annotated import Annotated, classes_of, lines_of, listed, numbered, valid
 from pmnet.segment.formats.pairs import Pair
-from pmnet.segment.images import IGNORE, decode, flat_mask
+from pmnet.segment.images import IGNORE, decode, flat_mask, white_first
 
 VOID = (224, 224, 192)  # PASCAL VOC's colour of pixels that are ignored
 VOC = (
@@ -23,6 +23,7 @@ VOC = (
 ).split()
 COLOUR = re.compile(r"(?P<name>[^#].*?)\s*[\s:,;]\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*(:.*)?")
 BATCH = 64  # masks read at a time
+NEARLY_BLACK, NEARLY_WHITE = 24, 232  # the greys that smoothing leaves at edges lie between
 
 
 class Legend(NamedTuple):
@@ -98,7 +99,8 @@ def read_indexed(roots: Mapping[Path, Mapping[str, Pair]], root: Path) -> list[A
     found = []
     for folder, pairs in roots.items():
         title = Path(os.path.abspath(root)).name
-        classes, read = reader_of(folder, [pair.mask for pair in pairs.values()], title)
+        legend = legend_of(folder) or legend_of(root)
+        classes, read = reader_of(folder, legend, [pair.mask for pair in pairs.values()], title)
         prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         found += [
             Annotated(f"{prefix}{name}", pair.image, pair.mask, partial(read, pair.mask), classes)
@@ -109,14 +111,17 @@ def read_indexed(roots: Mapping[Path, Mapping[str, Pair]], root: Path) -> list[A
     return found
 
 
-def reader_of(folder: Path, masks: Sequence[Path], title: str) -> tuple[Sequence[str], Callable[[Path], np.ndarray]]:
+def reader_of(
+    folder: Path, legend: Legend | Colours | None, masks: Sequence[Path], title: str
+) -> tuple[Sequence[str], Callable[[Path], np.ndarray]]:
     """The classes of a folder, and what makes an index mask of a mask file."""
-    legend = legend_of(folder)
     if isinstance(legend, Colours):
         return legend.classes, legend.read
     voc = masks[0].parent.name.lower().startswith("segmentationclass")
-    values = values_of(masks, enough=bool(legend) or voc)
-    black_and_white = values - {0} == {IGNORE}
+    counts = counts_of(masks, enough=bool(legend) or voc)
+    values = set(np.flatnonzero(counts).tolist())
+    one_class = not voc and (legend is None or len(legend.classes) == 1)
+    black_and_white = values - {0} == {IGNORE} or (one_class and smoothed(counts))
     if legend is None and voc and not black_and_white:
         legend = by_value(dict(enumerate(VOC, start=1)), Path("the list of PASCAL VOC's classes"))
     if legend is None and not black_and_white and values - {0, 1, IGNORE}:
@@ -135,20 +140,23 @@ def reader_of(folder: Path, masks: Sequence[Path], title: str) -> tuple[Sequence
     return legend.classes, white if black_and_white else legend.read
 
 
-def values_of(masks: Sequence[Path], enough: bool) -> set[int]:
-    """The values in the masks.
+def counts_of(masks: Sequence[Path], enough: bool) -> np.ndarray:
+    """(256,): how many pixels of the masks have each value.
 
     Args:
         enough: stop at the first values that are neither 0 nor 255.
     """
-    values: set[int] = set()
+    counts = np.zeros(IGNORE + 1, np.int64)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(masks), BATCH):
-            for counts in pool.map(lambda mask: np.bincount(index_values(mask).ravel()), masks[start : start + BATCH]):
-                values |= set(np.flatnonzero(counts).tolist())
-            if enough and values - {0, IGNORE}:
+            counts += sum(pool.map(counted, masks[start : start + BATCH]))
+            if enough and counts[1:IGNORE].any():
                 break
-    return values
+    return counts
+
+
+def counted(mask: Path) -> np.ndarray:
+    return np.bincount(index_values(mask).ravel(), minlength=IGNORE + 1)
 
 
 # Names of the classes
@@ -228,14 +236,16 @@ def by_colour(colours: Iterable[tuple[str, tuple[int, int, int]]], path: Path) -
 
 
 def index_values(path: Path) -> np.ndarray:
-    """Reads an index mask: (H, W) uint8 values, by index if it has a palette. A 1-bit mask holds 0 and 255.
+    """Reads an index mask: (H, W) uint8 values, by index if it has a palette.
+
+    A mask of 1 bit, or with a palette of white and black, holds 0 and 255.
 
     Raises:
         SettingError: it has colours, transparency or more than 8 bits.
         ImageError: it cannot be read.
     """
     mask = decode(path)
-    values = np.array(mask.convert("L") if mask.mode == "1" else mask)
+    values = np.array(mask.convert("L") if mask.mode == "1" or white_first(mask) else mask)
     if mask.mode in ("LA", "RGBA") and (values[..., -1] == 255).all():
         values = values[..., :-1]
     if mask.mode in ("LA", "RGB", "RGBA") and (values == values[..., :1]).all():
@@ -250,8 +260,18 @@ def index_values(path: Path) -> np.ndarray:
 
 
 def white(path: Path) -> np.ndarray:
-    """Reads an index mask of 0 and 255: (H, W) uint8, 1 where it is 255."""
-    return (index_values(path) == IGNORE).astype(np.uint8)
+    """Reads a mask of black and white: (H, W) uint8, 1 where it is 128 or more."""
+    return (index_values(path) >= 128).astype(np.uint8)
+
+
+def smoothed(counts: np.ndarray) -> bool:
+    """Whether masks are black and white but for greys at edges, as JPEG and resizing leave them.
+
+    Args:
+        counts: (256,), how many pixels have each value.
+    """
+    greys, whites = counts[NEARLY_BLACK:NEARLY_WHITE], counts[NEARLY_WHITE:].sum()
+    return bool(np.count_nonzero(counts[1:IGNORE]) >= 8 and greys.sum() < min(whites, 0.1 * counts.sum()))
 
 
 def foreground(path: Path) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from pmnet.errors import SettingError
 from pmnet.segment.images import SUFFIXES
 
-IMAGES = ("images", "jpegimages", "imgs", "image")
+IMAGES = ("images", "jpegimages", "imgs", "image", "img")
 MASKS = ("masks", "mask", "segmentationclass", "segmentationclasspng", "labels", "annotations")
 MASK = "_mask"  # ends the name of a mask
 NAMES = (

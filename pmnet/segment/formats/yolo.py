@@ -17,6 +17,7 @@ from pmnet.segment.formats.annotated import Annotated, lines_of, name_of, size_o
 from pmnet.segment.formats.raster import Rings, painted
 
 NAMES = ("data.yaml", "dataset.yaml", "data.yml", "classes.txt", "obj.names", "classes.names")
+YAML = (".yaml", ".yml")
 
 
 def label_of(image: Path) -> Path | None:
@@ -48,7 +49,7 @@ def holds_objects(path: Path) -> bool:
 
 def read(root: Path, found: dict[Path, Path | None]) -> list[Annotated]:
     """The images of `pairs`. Raises SettingError if there are no names of the classes."""
-    classes = class_names(root)
+    classes = class_names(root, {label.parent for label in found.values() if label})
     return [
         Annotated(
             name_of(image, root),
@@ -61,19 +62,23 @@ def read(root: Path, found: dict[Path, Path | None]) -> list[Annotated]:
     ]
 
 
-def class_names(root: Path) -> tuple[str, ...]:
-    """The names in the first file of NAMES, of the folder or of the one above.
+def class_names(root: Path, labels: set[Path]) -> tuple[str, ...]:
+    """The names in the first file of NAMES, of the folder, of the one above or of those of the labels; or in the only
+    yaml file of the folder.
 
     Raises:
         SettingError: there is no such file, or it is invalid.
     """
-    path = next((folder / name for folder in (root, root.parent) for name in NAMES if (folder / name).is_file()), None)
+    named = (folder / name for folder in (root, root.parent, *sorted(labels)) for name in NAMES)
+    path = next((path for path in named if path.is_file()), None)
+    if path is None and len(others := [path for path in root.iterdir() if path.suffix in YAML]) == 1:
+        path = others[0]
     if path is None:
         raise SettingError(
             f"{root} has YOLO labels, but none of {', '.join(NAMES[:5])} names the classes. Add classes.txt with one "
             "name per line; the first line names class 0."
         )
-    names = yaml_names(path) if path.suffix in (".yaml", ".yml") else lines_of(path)
+    names = yaml_names(path) if path.suffix in YAML else lines_of(path)
     if not 0 < len(names) < 255 or len(set(names)) < len(names) or "" in names:
         raise SettingError(f"{path} must name 1 to 254 different classes.")
     return tuple(names)

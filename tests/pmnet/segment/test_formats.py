@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from pmnet.errors import SettingError
 from pmnet.segment.formats import read_folder, supports_of
@@ -79,6 +79,36 @@ def test_coco_boxes_alone_are_one_message(tmp_path):
         read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("sides", [{}, {"height": float(SIZE[0]), "width": float(SIZE[1])}], ids=["none", "floats"])
+def test_coco_sizes_as_other_tools_write_them(tmp_path, sides):
+    write_coco(tmp_path, [CORNERS])
+    path = tmp_path / "annotations" / "instances_default.json"
+    content = json.loads(path.read_text())
+    content["images"] = [{"id": 7, "file_name": "sub/a.jpg"} | sides]
+    path.write_text(json.dumps(content))
+    (image,) = read_folder(tmp_path)
+    assert np.array_equal(image.masks(), box(5, 10, 25, 30, 2))
+
+
+def test_labelme_file_apart_from_its_image(tmp_path):
+    photo(tmp_path / "images" / "a.jpg")
+    shapes = [{"label": "cat", "points": np.reshape(CORNERS, (-1, 2)).tolist(), "shape_type": "polygon"}]
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.json").write_text(json.dumps({"imagePath": "a.jpg", "shapes": shapes}))
+    (image,) = read_folder(tmp_path)
+    assert image.image == tmp_path / "images" / "a.jpg"
+    assert np.array_equal(image.masks(), box(5, 10, 25, 30))
+
+
+@pytest.mark.parametrize("png", [None, "", base64.b64encode(b"no image").decode()])
+def test_labelme_mask_that_is_damaged_is_one_message(tmp_path, png):
+    photo(tmp_path / "a.jpg")
+    shapes = [{"label": "cat", "points": [[1, 1], [9, 9]], "shape_type": "mask", "mask": png}]
+    (tmp_path / "a.json").write_text(json.dumps({"imagePath": "a.jpg", "shapes": shapes}))
+    with pytest.raises(SettingError, match=r"a\.json.*mask is damaged"):
+        read_folder(tmp_path)[0].masks()
+
+
 def test_labelme_with_and_without_an_image_file(tmp_path):
     photo(tmp_path / "a.jpg")
     data = base64.b64encode((tmp_path / "a.jpg").read_bytes()).decode()
@@ -109,6 +139,70 @@ def test_yolo_polygons_and_boxes(tmp_path):
     assert np.array_equal(image.masks(), box(5, 10, 25, 30, 2))
     label.write_text("1 0.5 0.5 0.2 0.2\n")
     with pytest.raises(SettingError, match=r"a\.txt: line 1 .*box"):
+        read_folder(tmp_path)[0].masks()
+
+
+@pytest.mark.parametrize("names", ["labels/classes.txt", "mine.yaml"])
+def test_yolo_names_where_tools_put_them(tmp_path, names):
+    photo(tmp_path / "images" / "a.jpg")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 0.1 0.1 0.9 0.1 0.9 0.9\n")
+    (tmp_path / names).write_text("names: [cat]\n" if names.endswith("yaml") else "cat\n")
+    assert read_folder(tmp_path)[0].classes == ("cat",)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "smooth", "white first"])
+@pytest.mark.parametrize("named", [False, True])
+def test_black_and_white_masks_that_are_not_quite(tmp_path, kind, named):
+    """Grey at edges, as JPEG and smoothing leave it, or a palette of white and black, in this order."""
+    photo(tmp_path / "images" / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    mask = Image.fromarray(box(5, 10, 25, 30, 255))
+    if kind == "jpeg":
+        mask.save(tmp_path / "masks" / "a.jpg", quality=60)
+    elif kind == "smooth":
+        mask.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "masks" / "a.png")
+    else:
+        mask = Image.fromarray(1 - box(5, 10, 25, 30))
+        mask.putpalette([255] * 3 + [0] * 3)
+        mask.save(tmp_path / "masks" / "a.png")
+    if named:
+        (tmp_path / "classes.txt").write_text("cat\n")
+    (image,) = read_folder(tmp_path)
+    assert image.classes == ("cat" if named else tmp_path.name,)
+    assert (image.masks() != box(5, 10, 25, 30)).sum() <= 4  # the corners, rounded
+
+
+def test_greys_that_mean_classes_are_not_smoothing(tmp_path):
+    photo(tmp_path / "images" / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    index = box(5, 10, 25, 30, 255)
+    for number, value in enumerate((50, 100, 150, 200)):
+        index[30 + 5 * number : 35 + 5 * number, 10:40] = value
+    Image.fromarray(index).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(SettingError, match=r"no .*classes\.txt.*up to 200"):
+        read_folder(tmp_path)
+
+
+def test_names_of_classes_above_train_and_val(tmp_path):
+    for split in ("train", "val"):
+        photo(tmp_path / split / "img" / f"{split}.jpg")
+        (tmp_path / split / "masks").mkdir()
+        Image.fromarray(box(5, 10, 25, 30, 2)).save(tmp_path / split / "masks" / f"{split}.png")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    images = read_folder(tmp_path)
+    assert [image.classes for image in images] == [("cat", "dog")] * 2
+    assert all(np.array_equal(image.masks(), box(5, 10, 25, 30, 2)) for image in images)
+
+
+def test_mask_of_a_photo_as_stored_names_the_turn(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", SIZE[::-1]).save(tmp_path / "images" / "a.jpg", exif=exif)
+    Image.fromarray(box(5, 10, 25, 30)).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(SettingError, match=r"60x80.*EXIF orientation"):
         read_folder(tmp_path)[0].masks()
 
 

@@ -243,6 +243,15 @@ def test_arrays_and_tensors() -> None:
     assert torch.equal(as_image(values[..., 0]), expected[:1].expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_deep_greyscale_fills_eight_bits(bits: int, tmp_path: Path) -> None:
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) << (bits - 8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.array_equal(load_image(tmp_path / "a.png")[0].numpy(), np.arange(256).reshape(16, 16))
+    Image.fromarray((values / values.max()).astype(np.float32)).save(tmp_path / "a.tif")
+    assert np.array_equal(load_image(tmp_path / "a.tif")[0].numpy(), np.arange(256).reshape(16, 16))
+
+
 def test_turned_photos_are_turned(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     exif = Image.Exif()
@@ -264,6 +273,12 @@ def test_masks_of_every_kind(tmp_path: Path) -> None:
         Image.fromarray(truth * 255), Image.fromarray(truth * 255).convert("1"), Image.fromarray(colours, "RGBA"),
         Image.fromarray(colours[..., :3]), Image.fromarray(truth * 7).convert("P"), torch.from_numpy(truth)[None],
     ):  # fmt: skip
+        assert np.array_equal(as_mask(mask, (6, 8)).numpy(), truth)
+    white_first = Image.fromarray(1 - truth)
+    white_first.putpalette([255] * 3 + [0] * 3)
+    grey = truth.astype(np.uint8) * 250  # as JPEG leaves black and white
+    grey[0], grey[3, 3] = 3, 255
+    for mask in (white_first, grey, truth * 0.8 + 0.1):
         assert np.array_equal(as_mask(mask, (6, 8)).numpy(), truth)
     truth[0] = 255
     assert np.array_equal(as_mask(truth, (6, 8)).numpy(), truth)  # 1 and 255: ignore
