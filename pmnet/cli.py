@@ -21,7 +21,7 @@ COMMANDS = ("segment", "export", "serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command; an error that the user can fix is one message and exit code 1."""
+    """Runs one command; an error that the user can fix is one message and exit code 1, Ctrl-C exit code 130."""
     parser = argparse.ArgumentParser("pmnet", description="Few-shot segmentation: segment by one or a few examples.")
     parser.add_argument("--version", action="version", version=f"pmnet {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(args.run(args))
     except PMNetError as error:
         print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # a full disk, a read-only folder, a limit of the machine
+        print(f"Error: {error}. Check free space and permissions, then run the command again.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

@@ -103,7 +103,9 @@ def names_of(images: Path, out: Path) -> dict[Path, str]:
 
 
 def continued(out: Path, setting: Mapping[str, Any]) -> set[str]:
-    """Prepares the folder; returns the names that are done. Lines of images that failed are removed.
+    """Prepares the folder; returns the names that are done, with a line for each class.
+
+    Other lines are removed: those of images that failed, and those that an interrupted run has written in part.
 
     Raises:
         SettingError: the folder holds masks made with another setting.
@@ -117,7 +119,8 @@ def continued(out: Path, setting: Mapping[str, Any]) -> set[str]:
     if before.is_file() and table.is_file():
         with table.open(newline="", encoding="utf-8") as file:
             kept = [row for row in list(csv.reader(file))[1:] if len(row) == len(COLUMNS) and not row[-1]]
-    kept = [row for row in kept if (out / f"{row[0]}.png").is_file()]
+    times = Counter(row[0] for row in kept)
+    kept = [row for row in kept if times[row[0]] == len(setting["classes"]) and (out / f"{row[0]}.png").is_file()]
     with replacing(table).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *kept])
     replacing(table).replace(table)

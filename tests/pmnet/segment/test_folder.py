@@ -77,6 +77,19 @@ def test_repeated_run_goes_on(photos: Path, segmenter: Segmenter, monkeypatch: p
     assert [path for path in out.rglob("*") if ".part" in path.name] == []
 
 
+def test_line_that_an_interruption_has_cut_is_written_again(photos: Path, segmenter: Segmenter) -> None:
+    """The first line of an image with two classes is whole, the second is not."""
+    out = photos.parent / "out"
+    segment_folder(segmenter, photos, out)
+    whole = rows(out)
+    table = (out / "results.csv").read_text()
+    (out / "results.csv").write_text(table[: table.index("deep/b,dog") + 8])
+    segment_folder(segmenter, photos, out)
+    assert {name: [row[:5] for row in rows(out)[name]] for name in whole} == {
+        name: [row[:5] for row in found] for name, found in whole.items()
+    }
+
+
 def test_another_setting_needs_another_folder(photos: Path, segmenter: Segmenter) -> None:
     out = photos.parent / "out"
     segment_folder(segmenter, photos, out)
