@@ -10,6 +10,8 @@ import statistics
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,8 +45,15 @@ and longest.
 
 
 def plan(tries: int, seed: int, only: str) -> list[tuple[Fault, int]]:
-    """Faults in random order, each as often as the others, and the seed of each injection."""
-    source, kinds = random.Random(seed), [fault for fault in FAULTS if re.search(only, fault.name)]
+    """Faults in random order, each as often as the others, and the seed of each injection.
+
+    Args:
+        only: a pattern; of a fault, the places remain whose "<name> in <scene>/<phase>" it matches.
+    """
+    source, kinds = random.Random(seed), []
+    for fault in FAULTS:
+        places = tuple(place for place in fault.places if re.search(only, f"{fault.name} in {'/'.join(place)}"))
+        kinds += [replace(fault, places=places)] if places else []
     chosen = [fault for _ in range(-(-tries // len(kinds))) for fault in source.sample(kinds, len(kinds))][:tries]
     return [(fault, source.randrange(10**9)) for fault in chosen]
 
@@ -63,7 +72,7 @@ def in_thread(fault: Fault, seed: int, lab: Lab) -> Outcome:
 def rows(outcomes: list[Outcome]) -> list[list[str]]:
     found = []
     for fault in FAULTS:
-        mine = [o for o in outcomes if o.fault is fault and not o.skipped]
+        mine = [o for o in outcomes if o.fault.name == fault.name and not o.skipped]
         if not mine:
             continue
         seconds = [o.seconds for o in mine]
@@ -84,8 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__)
     parser.add_argument("--tries", type=int, default=300, help="number of injections (default: 300)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="repeats a series")
-    parser.add_argument("--only", default="", help="only faults whose name matches this pattern")
+    parser.add_argument("--only", default="", help="only faults whose '<name> in <scene>/<phase>' matches this pattern")
     parser.add_argument("--again", type=int, help="with --only: repeats the one injection with this seed")
+    parser.add_argument("--jobs", type=int, default=1, help="injections at a time (default: 1)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reliability.md", help="the file to write")
     args = parser.parse_args()
     console, outcomes = Console(soft_wrap=True, width=300), list[Outcome]()
@@ -96,11 +106,11 @@ def main() -> None:
     before = args.page.read_text() if args.page.exists() else ""
     rest = before[before.index("\n## Bad input") :] if "\n## Bad input" in before else ""
     console.print(f"Seed {args.seed}, in {lab.folder}")
-    for number, (fault, seed) in enumerate(planned, start=1):
-        outcome = in_thread(fault, seed, lab)
-        outcomes.append(outcome)
-        console.print(escape(f"{number:3} {outcome}"), style="red" if outcome.wrong else "", highlight=False)
-        args.page.write_text(page(outcomes, args.seed) + rest)
+    with lab.daemons, ThreadPoolExecutor(args.jobs) as pool:
+        for number, outcome in enumerate(pool.map(lambda one: in_thread(*one, lab), planned), start=1):
+            outcomes.append(outcome)
+            console.print(escape(f"{number:3} {outcome}"), style="red" if outcome.wrong else "", highlight=False)
+            args.page.write_text(page(outcomes, args.seed) + rest)
     table = Table(*COLUMNS, title=f"{len(outcomes)} injections")
     for row in rows(outcomes):
         table.add_row(*map(escape, row))

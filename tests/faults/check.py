@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from tests.faults.faults import Fault, Skipped
-from tests.faults.runs import SCENES, Case, Lab
+from tests.faults.faults import Fault
+from tests.faults.runs import SCENES, Case, Lab, Skipped
 
 
 def numbers(case: Case) -> dict[str, Any]:
@@ -28,7 +28,11 @@ def numbers(case: Case) -> dict[str, Any]:
         return {name: manifest[name] for name in ("files", "lists", "counts", "rules")}
     if case.scene.name == "pretrain":
         return flat("backbone", safetensors.torch.load_file(case.run / "backbone.safetensors"))
-    jobs = [case.run / "0", case.run / "1"] if case.scene.name == "sweep" else [case.run]
+    if case.scene.name == "predict":
+        lines = [line.split(",") for line in (case.run / "results.csv").read_text().splitlines()]
+        masks = {path.name: path.read_bytes() for path in case.run.glob("*.png")}
+        return masks | {" ".join(line[:2]): line[2:5] for line in lines}
+    jobs = {"sweep": [case.run / "0", case.run / "1"], "slurm": [case.run / "0"]}.get(case.scene.name, [case.run])
     found = {}
     for job in jobs:
         record = json.loads((job / "results.json").read_text())
@@ -160,7 +164,11 @@ def attempt(fault: Fault, seed: int, lab: Lab) -> Outcome:
     place = source.choice(fault.places)
     outcome = Outcome(fault, place, seed)
     lab.reference(place[0])
-    case = Case(SCENES[place[0]], place[1], lab.folder / f"{seed}", lab, source)
+    try:
+        case = Case(SCENES[place[0]], place[1], lab.folder / f"{seed}", lab, source)
+    except Skipped as reason:
+        outcome.skipped = str(reason)
+        return outcome
     steps = fault.inject(case)
     try:
         next(steps, None)

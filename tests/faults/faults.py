@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
-from tests.faults.runs import SCENES, Case
+from tests.faults.runs import SCENES, Case, Skipped
 
 Steps = Iterator[None]
 SIGNAL, OTHER = 10.0, 60.0  # seconds in which a run has to end
@@ -86,7 +86,7 @@ def hold_training(case: Case) -> FileLock:
     return lock
 
 
-EVERYWHERE = ("train", "workers", "shared/waiting", "test", "pretrain", "ddp", "sweep", "prepare")
+EVERYWHERE = ("train", "workers", "shared/waiting", "test", "pretrain", "ddp", "sweep", "prepare", "predict")
 for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     fault(each.name, *EVERYWHERE, bound=SIGNAL)(send(each))
 fault("kill -9", *EVERYWHERE, bound=SIGNAL, silent=True)(send(signal.SIGKILL))
@@ -113,7 +113,7 @@ def pause(process: psutil.Process, seconds: float) -> None:
         process.resume()
 
 
-@fault("SIGSTOP, then SIGCONT", "train", "workers", "prepare")
+@fault("SIGSTOP, then SIGCONT", "train", "workers", "prepare", "predict")
 def stop_main(case: Case) -> Steps:
     yield
     pause(case.process, 2)
@@ -150,13 +150,13 @@ def limit(case: Case, what: int, value: int) -> None:
         resource.prlimit(case.process.pid, what, (value, value))
 
 
-@fault("files limited in size, as by a quota", "train", "images", "pretrain", "prepare")
+@fault("files limited in size, as by a quota", "train", "images", "pretrain", "prepare", "predict")
 def quota(case: Case) -> Steps:
     yield
     limit(case, resource.RLIMIT_FSIZE, case.random.choice([20_000, 100_000, 1_000_000]))
 
 
-@fault("64 open files", "train", "workers", "ddp/start", "prepare")
+@fault("64 open files", "train", "workers", "ddp/start", "prepare", "predict")
 def few_files(case: Case) -> Steps:
     yield
     limit(case, resource.RLIMIT_NOFILE, 64)
@@ -180,11 +180,7 @@ def mount(place: Path, size: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True)
 
 
-class Skipped(Exception):
-    """The fault cannot be injected on this machine."""
-
-
-@fault("disk full", "train", "features", "images", "shared", "pretrain", "prepare")
+@fault("disk full", "train", "features", "images", "shared", "pretrain", "prepare", "predict")
 def full_disk(case: Case) -> Steps:
     disk = case.folder / (case.scene.name if case.scene.name in ("features", "images") else "run")
     mount(disk, "64m")
@@ -205,7 +201,7 @@ def little_shared_memory(case: Case) -> Steps:
     subprocess.run(["umount", "/dev/shm"], check=True)
 
 
-@fault("folder becomes read-only", "train", "images", "pretrain", "prepare")
+@fault("folder becomes read-only", "train", "images", "pretrain", "prepare", "predict")
 def read_only(case: Case) -> Steps:
     """A disk that the kernel has remounted read-only after an error."""
     mount(case.run, "64m")
@@ -259,6 +255,14 @@ for how in (flip, truncate):
     fault(f"{name} the image cache", "images/start")(damage(how, "images/*.npy", "interrupted"))
 
 
+@fault("truncated: results.csv", "predict/start")
+def results_truncated(case: Case) -> Steps:
+    """As a kill in the middle of a line leaves it."""
+    case.lab.copy_state(case, "whole")
+    truncate(case.run / "results.csv", case)
+    yield
+
+
 @fault("lock files with bytes in them", "shared/start")
 def dirty_locks(case: Case) -> Steps:
     case.lab.copy_state(case, "interrupted")
@@ -295,17 +299,17 @@ def of_image(case: Case, how: Callable[[Path, Case], None]) -> Steps:
     chosen.write_bytes(content)
 
 
-@fault("image truncated", "train/training", "workers/validation")
+@fault("image truncated", "train/training", "workers/validation", "predict/photos")
 def image_truncated(case: Case) -> Steps:
     return of_image(case, truncate)
 
 
-@fault("image deleted", "train/training", "workers/training", "workers/validation", "train/test")
+@fault("image deleted", "train/training", "workers/training", "workers/validation", "train/test", "predict/photos")
 def image_deleted(case: Case) -> Steps:
     return of_image(case, lambda path, case: path.unlink())
 
 
-@fault("image replaced by text", "train/training", "workers/test")
+@fault("image replaced by text", "train/training", "workers/test", "predict/photos")
 def image_replaced(case: Case) -> Steps:
     return of_image(case, lambda path, case: path.write_text("<html>404</html>"))
 
@@ -324,6 +328,29 @@ def image_unreadable(case: Case) -> Steps:
     yield
     chosen.rmdir()
     chosen.write_bytes(content)
+
+
+# Slurm
+
+
+def asked_of_slurm(*command: str) -> Callable[[Case], Steps]:
+    def inject(case: Case) -> Steps:
+        yield
+        job = case.environment("SLURM_JOB_ID")
+        subprocess.run([*command, job], check=True, stdout=subprocess.DEVNULL)
+
+    return inject
+
+
+fault("Slurm: the job is warned (USR1)", "slurm", bound=240)(asked_of_slurm("scancel", "--signal=USR1"))
+fault("Slurm: the job is requeued", "slurm", bound=240)(asked_of_slurm("scontrol", "requeue"))
+fault("Slurm: the job is cancelled", "slurm")(asked_of_slurm("scancel"))
+
+
+@fault("Slurm: kill -9 of the job", "slurm", silent=True)
+def kill_job(case: Case) -> Steps:
+    yield
+    psutil.Process(case.marks[-1][1]).kill()
 
 
 # Company
@@ -375,25 +402,25 @@ def infinite_loss(case: Case) -> Steps:
     shutil.rmtree(case.run)
 
 
-@fault("LC_ALL=C", "train/start", "prepare/start")
+@fault("LC_ALL=C", "train/start", "prepare/start", "predict/start")
 def plain_locale(case: Case) -> Steps:
     case.env |= {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     yield
 
 
-@fault("no HOME", "train/start", "workers/start")
+@fault("no HOME", "train/start", "workers/start", "predict/start")
 def no_home(case: Case) -> Steps:
     case.env |= {"HOME": None, "XDG_CACHE_HOME": None, "USER": None, "LOGNAME": None}
     yield
 
 
-@fault("umask 077", "train/start", "prepare/start")
+@fault("umask 077", "train/start", "prepare/start", "predict/start")
 def umask(case: Case) -> Steps:
     case.patches["umask"] = 0o077
     yield
 
 
-@fault("folder with an odd name", "train/start", "shared/start", "ddp/start", "prepare/start")
+@fault("folder with an odd name", "train/start", "shared/start", "ddp/start", "prepare/start", "predict/start")
 def odd_folder(case: Case) -> Steps:
     case.run = case.folder / case.random.choice(["a b", "lr=1, a=[2]", 'it\'s "so"', "Prüfung", "${x}", "(a){b}%"])
     yield
@@ -414,6 +441,16 @@ def wandb(case: Case, server: type | None, seconds: float = 0) -> Steps:
     case.extra = ["logger=wandb", "logger.init_timeout=5", "logger.finish_timeout=5"]
     case.env |= {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address, "HOME": str(case.folder)}
     yield
+
+
+@fault("W&B: its process is killed", "train/training", "train/test")
+def wandb_killed(case: Case) -> Steps:
+    case.extra = ["logger=wandb", "logger.offline=true", "logger.finish_timeout=5"]
+    yield
+    for process in case.process.children(recursive=True):
+        with suppress(psutil.Error):
+            if "wandb" in process.name():
+                process.kill()
 
 
 @fault("W&B: nothing listens", "train/start")

@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+from tests import slurm as cluster
 from tests.conftest import ROOT, TINY
 from tests.data import suim
 from tests.data.folder import write_indexed
@@ -26,6 +27,10 @@ PRETRAIN = (
     "experiment=pretrain_backbone dataset=folder dataset.folds=2 episodes.image_size=64 trainer=cpu "
     "trainer.max_epochs=3 episodes.workers=0 pretrain.batch_size=2 pretrain.images_per_epoch=8"
 ).split()
+
+
+class Skipped(Exception):
+    """The fault cannot be injected on this machine."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,19 @@ def sweep(case: "Case") -> list[str]:
     return run_py(case, *jobs, *IMAGES, f"trainings={quoted(case.folder / 'trainings')}")
 
 
+@scene("slurm", "training", "validation", "test", like="shared")
+def slurm(case: "Case") -> list[str]:
+    jobs = ["-m", "launcher=slurm_cpu", f"hydra.sweep.dir={quoted(case.run)}", "hydra.sweep.subdir=${hydra.job.num}"]
+    return run_py(case, *jobs, *IMAGES, "reuse=false")
+
+
+@scene("predict", "start", "photos")
+def predict(case: "Case") -> list[str]:
+    supports = case.lab.supports
+    folders = ["--support", str(supports), "--images", str(case.data / "images"), "--out", str(case.run)]
+    return ["-m", "pmnet", "segment", "--head", "nearest", *folders, "--coco"]
+
+
 @scene("prepare", "start", "verifying", "manifest")
 def prepare(case: "Case") -> list[str]:
     return ["-m", "datamodules.prepare", "suim", "--source", str(case.data), "--root", str(case.run)]
@@ -151,6 +169,8 @@ class Case:
         self.run, self.data = self.folder / "run", self.folder / "data"
         self.trained = self.lab.reference("shared").run if self.scene.name == "test" else self.run
         self.folder.mkdir(parents=True)
+        if self.scene.name == "slurm":
+            self.lab.start_slurm()
         if self.scene.name == "prepare":
             suim.write(self.data)
         else:
@@ -171,7 +191,7 @@ class Case:
         path = self.folder / f"marks-{self.attempt}"
         lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         marks = [(float(line[0]), int(line[1]), line[2]) for line in lines if len(line) == 3]
-        if "Waiting for the same training" in self.output:
+        if "Waiting for the same training" in self.output and marks:
             marks.append((marks[0][0], marks[0][1], "waiting"))
         return marks
 
@@ -266,6 +286,10 @@ class Case:
             return [self.process, *(p for p in self.process.children() if "LOCAL_RANK" in p.environ())]
         return [self.process]
 
+    def environment(self, name: str) -> str:
+        """A variable of the process that has reached the latest phase."""
+        return psutil.Process(self.marks[-1][1]).environ()[name]
+
     def end(self) -> None:
         """Kills what is left."""
         for process in self.family():
@@ -279,10 +303,19 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.made, self.making = folder, dict[str, Case](), threading.RLock()
-        self.data = write_indexed(folder / "data")
+        self.data, self.supports = write_indexed(folder / "data"), write_indexed(folder / "supports", 2, 1)
+        self.daemons = ExitStack()
         signal.signal(
             signal.SIGINT, signal.default_int_handler
         )  # a shell's background job ignores it, and its runs too
+
+    def start_slurm(self) -> None:
+        """A cluster on this machine, until the harness ends; where there is none, Skipped says why."""
+        if why := cluster.why_not():
+            raise Skipped(why)
+        with self.making:
+            if "SLURM_CONF" not in os.environ:
+                self.daemons.enter_context(cluster.running(self.folder / "slurm"))
 
     def reference(self, scene: str) -> Case:
         """The unbroken run of a scene, or of the scene that has the same numbers."""

@@ -49,6 +49,10 @@ def prepare(module):
     before(module, "write_digests", lambda: mark("manifest"))
 
 
+def photos(module):
+    before(module, "as_image", lambda: mark("photos"))
+
+
 def backbone_cache(module):
     """One pixel of the features of every image is NaN."""
     real = module.FeatureCache.__call__
@@ -67,6 +71,7 @@ HOOKS = {
     "experiments.run.checkpoints": checkpoints,
     "experiments.run.panels": panels,
     "datamodules.prepare.ready": prepare,
+    "pmnet.segment.folder": photos,
     "pmnet.backbones.cache": backbone_cache,
 }
 
