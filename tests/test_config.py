@@ -133,7 +133,62 @@ def test_misspelt_option_keeps_hydras_message(option):
     assert f"+{option}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text, line, words",
+    [
+        (b"a: 1\nb: [1, 2\nc: 3\n", 3, "expected ',' or ']'"),
+        (b"a: 1\n\tb: 2\n", 2, "'\\t'"),
+        (b"a: 1\nb: 2\na: 3\n", 3, "duplicate key a"),
+        (b"a: 1\nb: *x\n", 2, "undefined alias 'x'"),
+        (b"a: !!python/object:os.system {}\n", 1, "could not determine a constructor"),
+        (b"a: 1\nb: \x07\n", 2, "U+0007"),
+        (b"a: 1\nb: 2\nc: caf\xe9\n", 3, "not UTF-8"),
+        (b"# mine\n- 1\n- 2\n", 2, "name: value"),
+        (b"hello world\n", 1, "name: value"),
+        (b"\n5\n", 2, "name: value"),
+        (b"\n# @package\na: 1\n", 2, "@package _global_"),
+        (b"a: 1\ndefaults: small\n", 2, "must be a list"),
+        (b"defaults:\n  - small\n  - override /shot: 5\n", 3, "'5'"),
+        (b"defaults:\n  - {a: b, c: d}\n", 2, "must be a list"),
+        (b"defaults:\n  - a\n  - b\n  - {a: {b: c}}\n", 4, "must be a list"),
+        (b"a: ${\n", None, "no viable alternative"),
+        (b"[" * 5000, None, "recursion"),
+    ],
+)
+def test_broken_file_is_named_with_its_line(tmp_path, text, line, words):
+    """What a user's own folder of configs (--config-dir) may hold; Hydra alone would print a traceback."""
+    path = tmp_path / "dataset" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_bytes(text)
+    with pytest.raises(ConfigCompositionException) as caught:
+        compose("config", [f"hydra.searchpath=[{tmp_path}]", "dataset=mine"])
+    assert str(caught.value).startswith(f"Error: {path}" + (f" (line {line})" if line else "") + " cannot be read: ")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# mine\n", "a:\n", "a: null\n", "defaults:\n  - small\n  - /augment: null\na: b\n"]
+)
+def test_sound_file_is_read(tmp_path, text):
+    (tmp_path / "dataset").mkdir()
+    for name, content in (("mine", text), ("small", "c: 1\n")):
+        (tmp_path / "dataset" / f"{name}.yaml").write_text(content)
+    cfg = compose("config", [f"hydra.searchpath=[{tmp_path}]", "dataset=mine"])
+    assert cfg.dataset.get("a") == ("b" if "b" in text else None)
+
+
 # As a user starts it
+
+
+def test_broken_file_ends_the_command_with_one_message(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n trainer: {\n")
+    for flags in ([], ["-m"]):
+        done = run(*flags, "--config-dir", str(tmp_path), "experiment=mine")
+        assert done.returncode == 1
+        assert f"{tmp_path}/experiment/mine.yaml (line 3)" in done.stderr
+        assert done.stderr.count("Error: ") == 1
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
