@@ -32,6 +32,7 @@ from experiments.sweep import slurm
 
 log = logging.getLogger(__name__)
 RUN = Path(__file__).parents[2] / "run.py"
+PARENT = "PMNET_PARENT"  # variable of the environment: the process that started this one
 PATIENCE = 8.0  # seconds for a job to end: a little more than it gives itself
 
 
@@ -131,7 +132,7 @@ def run_alone(cfg: DictConfig) -> float:
     with ExitStack() as stack:
         free = {} if in_turn else stack.enter_context(reserved_gpus(cfg.trainer.accelerator, cfg.trainer.devices))
         output = None if in_turn else stack.enter_context((folder / "output.txt").open("a"))
-        code = exit_code(command, os.environ | free, output)
+        code = exit_code(command, os.environ | free | {PARENT: str(os.getpid())}, output)
     if code or not (folder / "results.json").exists():
         if not (folder / "failure.json").exists():
             write_json(folder / "failure.json", {"error": exit_message(code), "traceback": None})
@@ -185,9 +186,17 @@ def exit_message(code: int) -> str:
 
 
 def end_with_parent() -> None:
-    """Makes the kernel end this process when its parent ends, even if the parent is killed (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    """Makes the kernel end this process when the process of PMNet that started it ends, even if it is killed (Linux).
+
+    A sweep starts jobs, and a job the other processes of its training. What has ended before this call can no longer
+    be noticed by the kernel, so a parent leaves its number to those that it starts.
+    """
+    parent, os.environ[PARENT] = os.environ.get(PARENT), str(os.getpid())
+    if parent:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        if parent != str(os.getppid()):
+            sys.exit(128 + signal.SIGTERM)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def last_line(output: str) -> str:
     return lines[-1][:200] if lines else "no output"
 
 
-def leftovers(case: Case, patience: float = 3) -> list[str]:
+def leftovers(case: Case, patience: float = 10) -> list[str]:
     """Processes of a run that has ended."""
     deadline = time.monotonic() + patience
     while (alive := case.family()) and time.monotonic() < deadline:

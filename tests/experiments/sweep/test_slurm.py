@@ -119,6 +119,23 @@ def test_preempted_job_ends_as_one_left_alone(tmp_path: Path, left_alone: Path, 
     assert parts[-1].summary["test/miou"] == results(folder)["test"]["miou"]
 
 
+def test_cancelled_job_is_one_message_and_the_sweep_resumes(tmp_path: Path, left_alone: Path) -> None:
+    words = ["-m", *LONG, f"hydra.sweep.dir={tmp_path}"]
+    process = subprocess.Popen(command(*words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = tmp_path / "0-synthetic-small-fold0-shot1" / "run.log"
+    wait_for(lambda: log.exists() and "Epoch 1/3" in log.read_text(), "a first epoch")
+    job = slurm.output("squeue", "-h", "-o", "%i").split()[0]
+    subprocess.run(["scancel", job], check=True)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 1, output
+    assert f"Error: Job {job} ended without a result (CANCELLED)" in output
+    assert "Traceback" not in output
+    assert "1 unfinished of 1 runs" in output
+    assert run(*words).returncode == 0
+    (folder,), (other,) = jobs_of(tmp_path), jobs_of(left_alone)
+    assert results(folder)["test"] == results(other)["test"]
+
+
 LONG = [
     *TINY,
     *TWO,

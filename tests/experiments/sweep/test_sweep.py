@@ -204,6 +204,15 @@ def test_jobs_end_with_the_sweep_that_started_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_job_whose_sweep_was_killed_before_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it imports, it has not yet asked the kernel to end it with its parent."""
+    monkeypatch.setenv("PMNET_PARENT", "1")
+    done = run(*SETTING, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 143
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.slow
 def test_search_finds_the_best_validation(tmp_path: Path) -> None:
     """Also if trials fail, here those with an unknown norm."""
     choice = "model.norm=choice(batch,none)"
