@@ -200,18 +200,11 @@ class FewShotModule(L.LightningModule):
         if self.make_scheduler is None:
             return optimizer
         options: dict[str, Any] = getattr(self.make_scheduler, "keywords", {})
-        schedule = self.make_scheduler(optimizer, **{name: self.steps for name, v in options.items() if v == "steps"})
+        length = {name: steps_of(self.trainer) for name, value in options.items() if value == "steps"}
+        schedule = self.make_scheduler(optimizer, **length)
         if self.schedule_interval == "epoch":
             return {"optimizer": optimizer, "lr_scheduler": schedule}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @property
-    def steps(self) -> int:
-        """The number of steps of the whole training. Raises SettingError if nothing limits it."""
-        steps = self.trainer.estimated_stepping_batches
-        if not 0 < steps < float("inf"):
-            raise SettingError("A schedule over all steps needs their number: set trainer.max_epochs or max_steps.")
-        return int(steps)
 
     # A checkpoint contains the trained tensors and names the backbone they need.
 
@@ -236,6 +229,17 @@ class FewShotModule(L.LightningModule):
         """Checks the checkpoint and adds the frozen tensors. Raises CheckpointError if it does not fit."""
         check_checkpoint(checkpoint, self.network)
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
+
+
+def steps_of(trainer: L.Trainer) -> int:
+    """The number of steps of the whole training. Raises SettingError if nothing limits it."""
+    steps = trainer.estimated_stepping_batches
+    # The Trainer has made the loader for that. It has to make it again once a checkpoint has told it the place in the
+    # epoch: one that is there already would begin at the first batch.
+    trainer.fit_loop._combined_loader = None
+    if not 0 < steps < float("inf"):
+        raise SettingError("A schedule over all steps needs their number: set trainer.max_epochs or max_steps.")
+    return int(steps)
 
 
 def check_checkpoint(checkpoint: dict[str, Any], network: Method) -> None:

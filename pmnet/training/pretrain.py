@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from pmnet.backbones import Backbone
 from pmnet.errors import NonFiniteLossError
+from pmnet.training.module import steps_of
 
 LAYERS = ("layer2", "layer3", "layer4")
 
@@ -86,7 +87,7 @@ class BackbonePretraining(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule for Lightning."""
         optimizer = self.make_optimizer(self.parameters())
-        schedule = self.make_scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+        schedule = self.make_scheduler(optimizer, total_steps=steps_of(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def save_backbone(self, path: Path, trained_on: dict[str, Any]) -> None:
