@@ -28,6 +28,7 @@ from datamodules.progress import track
 from pmnet.errors import SettingError
 from pmnet.segment.formats import Annotated, read_folder
 from pmnet.segment.formats.annotated import listed as class_names  # noqa: F401
+from pmnet.segment.images import one_error
 
 Pixels = dict[int, int]  # value in a mask -> number of its pixels
 
@@ -82,6 +83,7 @@ class FolderDataset(FewShotDataset):
         title = Path(os.path.abspath(self.root)).name
         try:
             self.files = {each.name: each for each in read_folder(self.root)}
+            self.stamps = {path: stamp(path) for each in self.files.values() for path in (each.path, each.source)}
             pixels = scan(self.files, title)
         except SettingError as error:
             raise DatasetError(str(error)) from error
@@ -126,21 +128,43 @@ class FolderDataset(FewShotDataset):
         return self.names[split][class_id]
 
     def read_image(self, name: str) -> Tensor:
+        self.check_unchanged(self.files[name].path)
         return self.files[name].pixels()
 
     def read_index(self, name: str) -> Tensor:
-        return torch.from_numpy(self.files[name].masks())
+        each = self.files[name]
+        if each.source.suffix.lower() != ".json":  # whose shapes are in memory
+            self.check_unchanged(each.source)
+        return torch.from_numpy(each.masks())
+
+    def check_unchanged(self, path: Path) -> None:
+        """Checks that a file is the one that the run began with: numbers of a mixture could not be repeated.
+
+        Raises:
+            DatasetError: it was replaced or edited.
+            ImageError: it is gone.
+        """
+        if stamp(path) != self.stamps[path]:
+            raise DatasetError(
+                f"{path} was changed while the run was using it. If its content differs, start again with "
+                "resume=false; if not, run the same command again to resume."
+            )
 
     def fingerprint(self) -> str:
-        paths = dict.fromkeys(path for each in self.files.values() for path in (each.path, each.source))
-        stats = [path.stat() for path in paths]
-        return json_hash([str(self.root.absolute()), [(s.st_size, s.st_mtime_ns) for s in stats]])
+        return json_hash([str(self.root.absolute()), list(self.stamps.values())])
 
     def advice(self) -> str:
         return (
             f"Images in which the class covers less than {self.min_area:.2%} are not used. Lower dataset.min_area, or "
             "add images."
         )
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of the last change. Raises ImageError if there is no such file."""
+    with one_error(path):
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
 
 
 def scan(files: Mapping[str, Annotated], what: str) -> dict[str, Pixels]:

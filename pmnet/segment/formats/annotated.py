@@ -139,9 +139,11 @@ def name_of(image: Path, root: Path) -> str:
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a text file, without empty ones at its end. Raises SettingError if it is not UTF-8."""
+    """The lines of a text file, without empty ones at its end. Raises SettingError if it is gone or not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise SettingError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
     return [line.strip() for line in text.rstrip().splitlines()]

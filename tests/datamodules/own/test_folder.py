@@ -1,3 +1,6 @@
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -475,3 +478,50 @@ def test_folds_that_name_an_unknown_class(tmp_path):
     assert "dataset.folds" in message
     assert "'horse'" in message
     assert "cat, dog, bus" in message
+
+
+# Files that change while a run uses them
+
+
+@pytest.mark.parametrize("which", ["images", "masks"])
+@pytest.mark.parametrize("how", ["replaced", "edited", "deleted"])
+def test_file_that_changes_in_mid_run_is_named(tmp_path, which, how):
+    """Otherwise a part of the training would see other pixels than the rest, and nothing would tell."""
+    data = read(write_indexed(tmp_path, suffix=".png"))
+    fingerprint, path, other = data.fingerprint(), tmp_path / which / "000.png", tmp_path / which / "003.png"
+    reader = data.read_image if which == "images" else data.read_index
+    before = reader("001")
+    if how == "replaced":
+        os.replace(other, path)
+    elif how == "edited":
+        Image.open(path).rotate(90, expand=False).save(path)
+    else:
+        path.unlink()
+    message = error_of(lambda: reader("000"))
+    assert str(path) in message
+    assert ("No such image" if how == "deleted" else "changed while") in message
+    assert torch.equal(reader("001"), before)
+    assert data.fingerprint() == fingerprint != (read(tmp_path).fingerprint() if how == "edited" else "")
+
+
+def test_labels_that_go_in_mid_run_are_named(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.txt").write_text("0 0.1 0.1 0.9 0.1 0.9 0.9\n")
+    (tmp_path / "classes.txt").write_text("cat\n")
+    data = read(tmp_path, folds=1)
+    (tmp_path / "a.txt").unlink()
+    assert str(tmp_path / "a.txt") in error_of(lambda: data.read_index("a"))
+
+
+def test_annotations_in_memory_may_change_on_disk(tmp_path):
+    """labelme's shapes are read once, so that a run can go on while somebody draws the next ones."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.jpg")
+    shape = {"label": "cat", "points": [[2, 2], [20, 2], [20, 20]], "shape_type": "polygon"}
+    content = {"shapes": [shape], "imagePath": "a.jpg", "imageData": None, "imageHeight": 32, "imageWidth": 32}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    data = read(tmp_path, folds=1)
+    before = data.read_index("a")
+    (tmp_path / "a.json").write_text("{}")
+    assert before.any()
+    assert torch.equal(data.read_index("a"), before)
