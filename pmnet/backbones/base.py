@@ -3,7 +3,7 @@
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,20 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 Reads = Mapping[str, Literal["all", "last"]]  # layer -> which of its blocks to return
 
 
+class ByLayer(dict[str, int]):
+    """layer -> number, of a backbone without some of the layers. Raises SettingError for those."""
+
+    def __missing__(self, layer: str) -> int:
+        raise SettingError(
+            f"This backbone has no {layer}; it has {', '.join(self)}. Choose another backbone, such as "
+            "backbone=resnet50, or the one that the model selects."
+        )
+
+
 class Backbone(nn.Module, ABC):
     """Extracts features of every block in four stages, "layer1" to "layer4".
 
-    The strides are 4, 8, 16 and 32 unless a subclass says otherwise. A subclass sets `channels`, `blocks`, `provenance`
+    A subclass sets `channels`, `blocks`, `provenance`
     and `trunk`, and implements `stem` and `stage`.
 
     Attributes:
@@ -28,6 +38,8 @@ class Backbone(nn.Module, ABC):
         blocks: layer -> number of blocks.
         provenance: source of the weights; stored in every result and checkpoint.
         trunk: the network that holds the weights.
+        strides: layer -> pixels from one position to the next; 4, 8, 16 and 32 unless a subclass says otherwise.
+        side_multiple: image sides must be multiples of this.
         cache: cache of features, used while the whole backbone is frozen; None computes every feature.
         compiled: run the stages through torch.compile.
 
@@ -44,6 +56,8 @@ class Backbone(nn.Module, ABC):
     blocks: dict[str, int]
     provenance: Provenance
     trunk: Any  # networks of torchvision, timm and this package have no common type
+    strides: ClassVar[Mapping[str, int]] = dict(zip(LAYERS, (4, 8, 16, 32), strict=True))
+    side_multiple: ClassVar[int] = 1
     cache: FeatureCache | None = None
     compiled: bool = False
     mean: Tensor
@@ -97,8 +111,9 @@ class Backbone(nn.Module, ABC):
             layer -> list of (B, C, h, w), in the order of the blocks.
 
         Raises:
-            SettingError: the backbone does not have one of the layers.
+            SettingError: the backbone does not have one of the layers, or does not take the images' sides.
         """
+        self.check_sides((images.shape[-2], images.shape[-1]))
         reads = self.checked(dict.fromkeys(self.blocks, "all") if reads is None else reads)
         compute = functools.partial(self.computed, reads=reads)
         differentiated = images.requires_grad and torch.is_grad_enabled()
@@ -111,6 +126,14 @@ class Backbone(nn.Module, ABC):
         if images.dtype == torch.uint8:
             images = ((images / 255 - self.mean) / self.std).to(self.mean.dtype)
         return (compiled() if self.compiled else stages)(self, images, reads)
+
+    def check_sides(self, size: tuple[int, int]) -> None:
+        """Raises SettingError if the backbone does not take images of `size` (H, W)."""
+        if any(side % self.side_multiple for side in size):
+            raise SettingError(
+                f"Backbone {self.provenance.backbone} takes image sides that are multiples of {self.side_multiple}, "
+                f"not {size[0]}x{size[1]}: choose episodes.image_size, resize the images, or choose another backbone."
+            )
 
     def checked(self, reads: Reads) -> Reads:
         """Returns `reads`. Raises SettingError if the backbone does not have one of its layers."""
@@ -159,8 +182,8 @@ class Backbone(nn.Module, ABC):
         except AttributeError as error:
             own = ", ".join(part for part, _ in self.trunk.named_children())
             raise SettingError(
-                f"{type(self).__name__} has no part {name} to train; it has {own}. The method that trains {name} needs "
-                "a ResNet-like backbone: choose backbone=resnet50, for example."
+                f"{type(self).__name__} has no part {name} to train; it has {own}. Name parts that it has, for example "
+                "model.trained=[blocks.3,blocks.4], or choose a backbone with layers, such as backbone=resnet50."
             ) from error
 
     def frozen_names(self) -> set[str]:

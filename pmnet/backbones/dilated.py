@@ -42,6 +42,8 @@ class DilatedResNetBackbone(ResidualBackbone):
         [25, 13, 13, 13]
     """
 
+    strides = {"layer1": 4, "layer2": 8, "layer3": 8, "layer4": 8}
+
     def __init__(self, name: str, weights: str, dilation: Dilation = "all", download: bool = False) -> None:
         super().__init__()
         build = partial(build_trunk, name, dilation)

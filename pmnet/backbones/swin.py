@@ -19,6 +19,8 @@ class SwinBackbone(Backbone):
         WeightsError: the weights are missing, damaged, or of another network.
     """
 
+    side_multiple = 4  # the patch
+
     def __init__(self, weights: str, download: bool = False) -> None:
         super().__init__()
         self.trunk, self.provenance = load_weights(build_trunk, "swin_b", weights, download, names_of_timm)

@@ -44,6 +44,7 @@ class VGGBackbone(Backbone):
     """
 
     channels = {layer: widths[-1] for layer, (widths, *_) in BLOCKS.items() if layer != "stem"}
+    strides = {"layer1": 2, "layer2": 4, "layer3": 8, "layer4": 8}
     blocks = {layer: len(widths) for layer, (widths, *_) in BLOCKS.items() if layer != "stem"}
 
     def __init__(self, weights: str, download: bool = False) -> None:

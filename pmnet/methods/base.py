@@ -17,6 +17,7 @@ Suffixes of tensor names, here and in the methods: B batch, K shots, C channels,
 positions (hq * wq), S support positions (hs * ws), L blocks of one stage.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
@@ -127,7 +128,9 @@ class Method(nn.Module):
     Attributes:
         query_reads: layer -> "all" or "last", the blocks whose features the head takes of the query.
         support_reads: the same for the supports.
-        side_multiple: image sides must be multiples of this.
+        strides: layer -> stride that the backbone must have there; empty: any.
+        side_multiple: image sides must be multiples of this, plus `side_offset`.
+        side_offset: see `side_multiple`; 1 for sides of 8n + 1.
         learned_layers: parts of the backbone's trunk that are trained and saved in checkpoints.
         batchnorm: how the frozen backbone's BatchNorm layers work in training: "eval" uses the stored statistics;
             "train" uses the batch's and updates the stored ones, as the programs of the PFENet family do.
@@ -138,12 +141,15 @@ class Method(nn.Module):
         tuned_on: what gradient steps at test use, for a method that takes some; stored in every result.
 
     Raises:
-        SettingError: the backbone does not have the parts named in `learned_layers`.
+        SettingError: the backbone has other strides than the method needs, takes no image side that the method takes,
+            or does not have the parts named in `learned_layers`.
     """
 
     query_reads: Reads
     support_reads: Reads
+    strides: ClassVar[Mapping[str, int]] = {}
     side_multiple: ClassVar[int] = 32
+    side_offset: ClassVar[int] = 0
     learned_layers: tuple[str, ...] = ()
     batchnorm: Literal["eval", "train"] = "eval"
     ignored: Literal["ignore", "background"] = "ignore"
@@ -153,6 +159,21 @@ class Method(nn.Module):
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
+        if any(backbone.strides.get(layer) != stride for layer, stride in self.strides.items()):
+            need, have = (
+                ", ".join(str(strides.get(layer)) for layer in self.strides)
+                for strides in (self.strides, backbone.strides)
+            )
+            raise SettingError(
+                f"{type(self).__name__} needs a backbone with strides of {need} in {', '.join(self.strides)}; "
+                f"{backbone.provenance.backbone} has {have}. Choose another, such as backbone=resnet50."
+            )
+        if self.side_offset % math.gcd(self.side_multiple, backbone.side_multiple):
+            raise SettingError(
+                f"{type(self).__name__} takes image sides {self.sides()}, and backbone {backbone.provenance.backbone} "
+                f"multiples of {backbone.side_multiple}: no side suits both. Choose another backbone, such as "
+                "backbone=resnet50."
+            )
         if self.learned_layers or not backbone.learned:  # a backbone that another method trains stays as it is
             backbone.freeze(but=self.learned_layers)
         self.backbone = backbone.to(memory_format=torch.channels_last)
@@ -289,12 +310,20 @@ class Method(nn.Module):
     # Checks of the input
 
     def check_sides(self, size: tuple[int, int]) -> None:
-        """Raises SettingError if the method does not support images of `size` (H, W)."""
-        if any(side % self.side_multiple for side in size):
+        """Raises SettingError if the method or its backbone does not support images of `size` (H, W)."""
+        if any(side % self.side_multiple != self.side_offset % self.side_multiple for side in size):
             raise SettingError(
-                f"{type(self).__name__} takes image sides that are multiples of {self.side_multiple}, not "
-                f"{size[0]}x{size[1]}: choose episodes.image_size, or resize the images."
+                f"{type(self).__name__} takes image sides {self.sides()}, not {size[0]}x{size[1]}: choose "
+                "episodes.image_size, or resize the images."
             )
+        self.backbone.check_sides(size)
+
+    def sides(self) -> str:
+        """Which image sides the method takes, in words."""
+        if not self.side_offset:
+            return f"that are multiples of {self.side_multiple}"
+        step, offset = self.side_multiple, self.side_offset
+        return f"of {step}n + {offset}, such as {59 * step + offset} or {48 * step + offset}"
 
     def check_shots(self, shots: int) -> None:
         """Raises SettingError if the method does not support this number of shots; by default, it supports any."""

@@ -297,6 +297,7 @@ class CyCTR(Method):
 
     head: CyCTRHead
     query_reads = support_reads = {"layer2": "last", "layer3": "last", "layer4": "last"}
+    side_multiple, side_offset = 8, 1
 
     def __init__(self, backbone: Backbone, **head: Any) -> None:
         super().__init__(backbone, CyCTRHead(backbone.channels, **head))
@@ -310,13 +311,6 @@ class CyCTR(Method):
             {"params": [p for name, p in transformer if not name.endswith("bias")], "adamw": True},
             {"params": [p for name, p in transformer if name.endswith("bias")], "adamw": True, "weight_decay": 0.0},
         ]
-
-    def check_sides(self, size: tuple[int, int]) -> None:
-        if any(side % 8 != 1 for side in size):
-            raise SettingError(
-                f"CyCTR takes image sides of 8n + 1, such as 473, not {size[0]}x{size[1]}: choose episodes.image_size, "
-                "or resize the images."
-            )
 
 
 # Parts

@@ -75,8 +75,8 @@ class HSNetHead(VotingHead):
         s4, s3, s2 = (self.squeezed(m, query[m], support.units[m], support.masks) for m in STAGES)
         if len({s.shape[4:] for s in (s4, s3, s2)}) > 1:
             raise SettingError(
-                "HSNet needs a backbone whose layer2, layer3 and layer4 have strides of 8, 16 and 32: choose another, "
-                "such as backbone=resnet50."
+                f"{type(self).__name__.removesuffix('Head')} needs a backbone whose layer2, layer3 and layer4 have "
+                "strides of 8, 16 and 32: choose another, such as backbone=resnet50."
             )
         x = self.encoder_layer4to3(resized(s4, size_of(query["layer3"][0])) + s3)
         x = self.encoder_layer3to2(resized(x, size_of(query["layer2"][0])) + s2)
@@ -112,6 +112,7 @@ class HSNet(Method):
     """
 
     query_reads = support_reads = {"layer2": "all", "layer3": "all", "layer4": "all"}
+    strides = {"layer2": 8, "layer3": 16, "layer4": 32}
     side_multiple = 1
     ignored = "background"
     head_class: type[HSNetHead] = HSNetHead

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmnet.backbones import Backbone, Features, Reads
+from pmnet.backbones.base import ByLayer
 from pmnet.backbones.resnet import ResidualBackbone, build_trunk
 from pmnet.backbones.weights import load_weights
 from pmnet.errors import SettingError
@@ -203,12 +204,14 @@ class MixtureBackbone(ResidualBackbone):
         WeightsError: the weights are missing, damaged, or of another network.
     """
 
+    strides = {"layer1": 4, "layer2": 8, "layer3": 8}
+
     def __init__(self, name: str, weights: str, download: bool = False) -> None:
         super().__init__()
         self.trunk, self.provenance = load_weights(partial(dilated, name), name, weights, download, up_to_layer3)
         stages = {layer: getattr(self.trunk, layer) for layer in ("layer1", "layer2", "layer3")}
-        self.channels = {layer: stage[-1].conv3.out_channels for layer, stage in stages.items()}
-        self.blocks = {layer: len(stage) for layer, stage in stages.items()}
+        self.channels = ByLayer({layer: stage[-1].conv3.out_channels for layer, stage in stages.items()})
+        self.blocks = ByLayer({layer: len(stage) for layer, stage in stages.items()})
 
     def stem(self, images: Tensor) -> Tensor:
         return self.trunk.maxpool(F.relu(self.trunk.bn1(self.trunk.conv1(images))))

@@ -248,6 +248,7 @@ class PFENet(Method):
 
     query_reads: Reads = {"layer2": "last", "layer3": "last", "layer4": "last"}
     support_reads: Reads = {"layer2": "last", "layer3": "last"}
+    side_multiple, side_offset = 8, 1
     head_type: ClassVar[Any] = PFENetHead
 
     def __init__(
@@ -262,13 +263,6 @@ class PFENet(Method):
         channels = backbone.channels
         super().__init__(backbone, self.head_type(channels["layer2"] + channels["layer3"], bins))
         self.batchnorm = batchnorm
-
-    def check_sides(self, size: tuple[int, int]) -> None:
-        if any(side % 8 != 1 for side in size):
-            raise SettingError(
-                f"{type(self).__name__} takes image sides of 8n + 1, such as 473 or 385, not {size[0]}x{size[1]}: "
-                "choose episodes.image_size, or resize the images."
-            )
 
     def features(self, query: Tensor, support: Tensor, support_masks: Tensor) -> tuple[Features, Features]:
         """Passes queries and supports separately: each have their own batch statistics, and supports skip layer4."""

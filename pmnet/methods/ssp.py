@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmnet.backbones import Backbone, Features
-from pmnet.backbones.dilated import DilatedResNetBackbone, build_trunk, names_of_timm
+from pmnet.backbones.dilated import DilatedResNetBackbone, bare, build_trunk, names_of_timm
 from pmnet.backbones.weights import Provenance, state_hash
+from pmnet.errors import CheckpointError
 from pmnet.methods.base import Criterion, Head, Method, resize, scored, size_of
 from pmnet.methods.pooling import masked_mean, only
 from pmnet.methods.release import filled
@@ -185,7 +186,10 @@ def from_release(state_dict: Mapping[str, Tensor], refine: bool = True) -> SSP:
     Raises:
         CheckpointError: a tensor up to layer3 is missing, unknown, or of an unexpected shape.
     """
-    state = names_of_timm({name: torch.as_tensor(value) for name, value in state_dict.items()})
+    tensors = {name: torch.as_tensor(value) for name, value in state_dict.items()}
+    if unknown := sorted(name for name in bare(tensors) if not re.match(r"(layer[0-4]|conv1|bn1)\.", name)):
+        raise CheckpointError(f"Not a checkpoint of SSP by its authors: it has no head, but here is {unknown[:3]}.")
+    state = names_of_timm(tensors)
     blocks = len({m[1] for name in state if (m := re.match(r"layer3\.(\d+)\.", name))})
     name = "resnet101s" if blocks > 6 else "resnet50s"
     trunk = filled(build_trunk(name, "torchvision"), state, "SSP", unread="layer4.")  # their network ends before it

@@ -38,8 +38,7 @@ class PMNetHead(Head):
             starts as good as that sum, and learns what to change. Not in the paper; none by default.
 
     Raises:
-        ValueError: channels that cannot be split into heads.
-        SettingError: unknown norm or evidence.
+        SettingError: unknown norm or evidence, or channels that cannot be split into heads.
 
     Example:
         >>> from pmnet import PMNetHead
@@ -64,7 +63,10 @@ class PMNetHead(Head):
         if unknown := set(evidence) - FLOORS.keys():
             raise SettingError(f"model.evidence={sorted(unknown)[0]} is not one of {', '.join(FLOORS)}.")
         if any(channels[layer] % (2 * HEADS) for layer in MATCHED):
-            raise ValueError(f"layer3 and layer4 need a multiple of {2 * HEADS} channels, not {channels}")
+            raise SettingError(
+                f"PMNet needs a backbone whose layer3 and layer4 have a multiple of {2 * HEADS} channels, not "
+                f"{channels['layer3']} and {channels['layer4']}: choose another, such as backbone=resnet50."
+            )
         self.support_background = support_background
         self.affinity = nn.ModuleDict({m: Affinity(channels[m], linear_heads, dropout) for m in MATCHED})
         hsfm = {m: HSFM(blocks[m], norm, b3dconvs) for m in MATCHED}
@@ -154,6 +156,7 @@ class PMNet(Method):
 
     query_reads = {"layer1": "last", "layer2": "last", "layer3": "all", "layer4": "all"}
     support_reads = {"layer3": "all", "layer4": "all"}
+    strides = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
     negative_supports = True
 
     def __init__(self, backbone: Backbone, **head: Any) -> None:

@@ -15,10 +15,16 @@ from torchvision.transforms.functional import normalize
 
 from pmnet import PMNet
 from pmnet.backbones import EfficientNetLiteBackbone, ResNetBackbone, SmallBackbone, SwinBackbone, weights
+from pmnet.backbones.dilated import DilatedResNetBackbone
 from pmnet.backbones.small import build_trunk
+from pmnet.backbones.vgg import VGGBackbone
+from pmnet.backbones.vit import ViTBackbone
 from pmnet.backbones.weights import load_weights
 from pmnet.errors import SettingError, WeightsError
 from pmnet.files import file_hash
+from pmnet.methods.dcama import DCAMA
+from pmnet.methods.hsnet import HSNet
+from pmnet.methods.mixture import MixtureBackbone
 from pmnet.training.pretrain import BackbonePretraining
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
@@ -185,10 +191,22 @@ def test_named_parts_of_a_frozen_backbone_are_trained():
     assert not any(module.training for module in backbone.modules())
 
 
+@torch.no_grad()
+def test_sides_that_are_no_multiples_of_the_patch_are_refused():
+    backbone = SwinBackbone("none").eval()
+    message = "swin_b takes image sides that are multiples of 4, not 64x66: choose episodes.image_size"
+    with pytest.raises(SettingError, match=message):
+        backbone(torch.rand(1, 3, 64, 66), {"layer1": "last"})
+    with pytest.raises(SettingError, match=message):
+        HSNet(backbone).check_sides((64, 66))
+    sizes = [tuple(f[-1].shape[-2:]) for f in backbone(torch.rand(1, 3, 60, 68)).values()]
+    assert sizes == [(15, 17), (8, 9), (4, 5), (2, 3)]
+
+
 @pytest.mark.parametrize("part", ["layer3", "blocks.9"])
 def test_training_a_part_that_the_backbone_lacks_is_refused(part):
     backbone = EfficientNetLiteBackbone("none")
-    message = rf"EfficientNetLiteBackbone has no part {part} .*blocks.* needs a ResNet-like backbone"
+    message = rf"EfficientNetLiteBackbone has no part {part} .*blocks.* Name parts that it has"
     with pytest.raises(SettingError, match=message):
         backbone.freeze(but=["blocks.1", part])
     assert all(p.requires_grad for p in backbone.parameters())  # unchanged
@@ -460,3 +478,25 @@ def test_message_for_a_failed_download_gives_url_and_path(hub, published):
         load_mine(download=True)
     assert published.as_uri() in str(error.value)
     assert str(hub / published.name) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(SMALL, RESNET18, SWIN, partial(VGGBackbone, "none"), partial(DilatedResNetBackbone, "resnet50s", "none")),
+        *(partial(MixtureBackbone, "resnet50", "none"), partial(ViTBackbone, "dinov2_small", "none")),
+    ],
+)
+def test_strides_are_those_of_the_features(build):
+    backbone = build().eval()
+    with torch.no_grad():
+        small, large = (backbone(torch.rand(1, 3, 32, side)) for side in (32, 96))
+    more = {layer: large[layer][-1].shape[-1] - small[layer][-1].shape[-1] for layer in small}
+    assert {layer: 64 // positions for layer, positions in more.items()} == backbone.strides
+
+
+def test_layer_that_a_backbone_lacks_is_named():
+    backbone = MixtureBackbone("resnet50", "none")
+    for build in (PMNet, HSNet, DCAMA):
+        with pytest.raises(SettingError, match="no layer4; it has layer1, layer2, layer3"):
+            build(backbone)

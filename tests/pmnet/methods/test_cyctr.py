@@ -12,8 +12,9 @@ import pmnet.methods
 import pmnet.methods.cyctr
 from datamodules import Episode
 from datamodules.episodes.episode import EpisodeSpec
-from pmnet.backbones import SmallBackbone
+from pmnet.backbones import SmallBackbone, SwinBackbone
 from pmnet.backbones.dilated import DilatedResNetBackbone
+from pmnet.backbones.vit import ViTBackbone
 from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods.cyctr import (
     CyCTR,
@@ -432,10 +433,19 @@ def test_training_lowers_the_loss_and_uses_every_parameter(K):
 def test_other_sides_and_widths_are_refused():
     episode = episode_of(1, side=64)
     method = CyCTR(SmallBackbone("none"), width=8)
-    with pytest.raises(SettingError, match=r"CyCTR takes image sides of 8n \+ 1, such as 473, not 64x64"):
+    with pytest.raises(SettingError, match=r"CyCTR takes image sides of 8n \+ 1, such as 473 or 385, not 64x64"):
         method.predict(episode.query, episode.support, episode.support_masks)
     with pytest.raises(SettingError, match=r"model.width=20 is no multiple of 8"):
         CyCTR(SmallBackbone("none"), width=20)
+
+
+def test_backbone_that_takes_none_of_its_sides_is_refused():
+    """A Swin transformer takes multiples of its patch, 4; with a ViT, which takes any side, it works."""
+    with pytest.raises(SettingError, match=r"CyCTR takes image sides of 8n \+ 1.*swin_b multiples of 4: no side suits"):
+        CyCTR(SwinBackbone("none"), width=8)
+    episode = episode_of(1, side=65)
+    method = CyCTR(ViTBackbone("dinov2_small", "none"), width=8).eval()
+    assert method.predict(episode.query, episode.support, episode.support_masks).shape == (2, 65, 65)
 
 
 def test_ignored_pixels_are_on_neither_side_of_the_dice():

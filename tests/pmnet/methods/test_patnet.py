@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from pmnet.backbones import ResNetBackbone, SmallBackbone
-from pmnet.errors import CheckpointError
+from pmnet.backbones.vgg import VGGBackbone
+from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods import all_methods, from_release
 from pmnet.methods.correlation import correlation
 from pmnet.methods.hsnet import HSNetHead
@@ -296,3 +297,9 @@ def test_one_step_of_training():
     assert all(p.grad is not None for p in method.learned())
     optimizer.step()
     assert method.loss(episode, LOSS) < loss
+
+
+def test_backbone_of_other_strides_is_refused_by_the_name_of_this_method():
+    message = r"PATNet needs a backbone with strides of 8, 16, 32 in layer2, layer3, layer4; vgg16 has 4, 8, 8"
+    with pytest.raises(SettingError, match=message):
+        PATNet(VGGBackbone("none"))

@@ -11,6 +11,8 @@ import pmnet.methods.pmnet.affinity
 import pmnet.methods.pmnet.lean
 from pmnet import PMNet, PMNetHead
 from pmnet.backbones import SmallBackbone
+from pmnet.backbones.dilated import DilatedResNetBackbone
+from pmnet.backbones.vgg import VGGBackbone
 from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods.nearest import NearestHead
 from pmnet.methods.pmnet import from_release
@@ -244,8 +246,14 @@ def test_parameter_count(blocks, options, count):
 
 
 def test_channels_that_cannot_be_split_into_heads_are_refused():
-    with pytest.raises(ValueError, match="multiple of 8"):
+    with pytest.raises(SettingError, match="multiple of 8 channels, not 36 and"):
         PMNetHead(SMALL | {"layer3": 36}, BLOCKS)
+
+
+@pytest.mark.parametrize("build", [VGGBackbone, partial(DilatedResNetBackbone, "resnet50s")])
+def test_backbone_of_other_strides_is_refused(build):
+    with pytest.raises(SettingError, match="PMNet needs a backbone with strides of 4, 8, 16, 32"):
+        PMNet(build("none"))
 
 
 # Agreement with the plain implementation

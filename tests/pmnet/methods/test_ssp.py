@@ -67,6 +67,15 @@ def test_loss_and_gradients(golden):
         assert_near(norms[name], norm, 1e-4)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoint_of_a_method_with_a_head_is_refused(golden, prefix):
+    """PFENet's family and CyCTR have the same tensors up to layer3."""
+    state = {f"{prefix}{name}": tensor for name, tensor in golden.weights().items()}
+    for head in ("cls.0.weight", "layer5.0.weight", "merge_multi_lvl_reduce.0.weight"):
+        with pytest.raises(CheckpointError, match=f"has no head.*{head}"):
+            from_release("ssp", state | {f"{prefix}{head}": torch.zeros(1)})
+
+
 @pytest.mark.parametrize("change, error", [("missing", "layer2.0.conv1.weight"), ("shape", "layer2.0.conv1.weight")])
 def test_tensors_of_something_else_are_refused(golden, change, error):
     state = golden.weights()
