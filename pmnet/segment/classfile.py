@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
+from torch import Tensor
 
 from pmnet.errors import CheckpointError, WeightsError
 from pmnet.files import read_file
@@ -51,13 +52,31 @@ def write(path: Path, built: Built, keep_aspect: bool, shown: Mapping[str, "Show
     tensors = {f"method.{name}": state[name].cpu().contiguous() for name in built.method.saved()}
     classes = []
     for number, (name, each) in enumerate(shown.items()):
-        tensors |= {f"class.{number}.images": each.images, f"class.{number}.masks": each.masks}
-        classes.append({"name": name, "side": each.side, "presence": asdict(each.presence) if each.presence else None})
+        classes.append({"name": name} | noted(each, f"class.{number}", tensors))
+        if each.close:
+            classes[-1]["close"] = noted(each.close, f"class.{number}.close", tensors)
     recipe = built.recipe | {"classes": classes, "keep_aspect": keep_aspect, "version": VERSION}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    safetensors.torch.save_file(tensors, part, {"pmnet": json.dumps(recipe)})
+    part.write_bytes(safetensors.torch.save(tensors, {"pmnet": json.dumps(recipe)}))  # save_file hides it from others
     part.replace(path)
+
+
+def noted(shown: "Shown", prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Adds the tensors of what was shown; returns its plain values."""
+    tensors |= {f"{prefix}.images": shown.images, f"{prefix}.masks": shown.masks}
+    return {"side": shown.side, "presence": asdict(shown.presence) if shown.presence else None}
+
+
+def parts(noted: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of `Shown` that `noted` wrote; those of its `close` too."""
+    found = {
+        "images": tensors[f"{prefix}.images"],
+        "masks": tensors[f"{prefix}.masks"],
+        "side": int(noted["side"]),
+        "presence": Presence(**noted["presence"]) if noted["presence"] else None,
+    }
+    return found | ({"close": parts(noted["close"], f"{prefix}.close", tensors)} if "close" in noted else {})
 
 
 def read(path: Path) -> tuple[Built, bool, dict[str, dict[str, Any]]]:
@@ -71,18 +90,11 @@ def read(path: Path) -> tuple[Built, bool, dict[str, dict[str, Any]]]:
     try:
         classes = recipe.pop("classes")
         state = {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
-        shown = {
-            each["name"]: {
-                "images": tensors[f"class.{number}.images"],
-                "masks": tensors[f"class.{number}.masks"],
-                "side": int(each["side"]),
-                "presence": Presence(**each["presence"]) if each["presence"] else None,
-            }
-            for number, each in enumerate(classes)
-        }
+        shown = {each["name"]: parts(each, f"class.{number}", tensors) for number, each in enumerate(classes)}
         built = assembled(recipe, state)
         sides = list(recipe["image_size"])
-        if any([*parts["images"].shape[-2:], *parts["masks"].shape[-2:]] != sides * 2 for parts in shown.values()):
+        every = [*shown.values(), *(each["close"] for each in shown.values() if "close" in each)]
+        if any([*each["images"].shape[-2:], *each["masks"].shape[-2:]] != sides * 2 for each in every):
             raise ValueError("the supports have other sides than the network")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged, or another program wrote it: {error}.") from error

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pmnet.errors import PMNetError, SettingError
+from pmnet.errors import ImageError, SettingError
+from pmnet.segment import tiles
 from pmnet.segment.images import as_image, image_files
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ def segment_folder(
         How many images failed; each is named in a message and in results.csv.
 
     Raises:
-        SettingError: there is no image, or `out` holds masks made with another setting.
+        SettingError: there is no image, `tile` is invalid, or `out` holds masks made with another setting.
     """
+    tiles.check(tile)
     names = names_of(images, out)
     setting = segmenter.described() | {"tile": tile, "gate": gate}
     done = continued(out, setting)
@@ -69,7 +71,7 @@ def segment_folder(
                     write_overlay(out / "overlays" / f"{names[path]}.jpg", image, result)
                 write_mask(out / f"{names[path]}.png", result.mask)
                 rows.writerows(lines(names[path], result))
-            except PMNetError as error:
+            except ImageError as error:
                 failed += 1
                 rows.writerow([names[path], "", "", "", "", "", str(error)])
                 tqdm.write(f"Error: {error}", file=sys.stderr)

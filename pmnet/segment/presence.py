@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 PRESENT = 0.5  # from this score on, the class counts as present
 MOST = 8  # images of each kind that are looked at
 ALONE = 0.5  # of one support without negatives: the threshold's share of the support's own evidence
-BESIDE = 0.4  # where the threshold lies between "without" and "with", if no image without the class was given
+SEEN = 0.55  # of one support: what another image with the class shows, as a share of the support's own evidence
+BESIDE = 0.4  # where the threshold lies between "without" and "with", if one of the two is not measured on images
 LIKELY = 0.8  # score of the mean image that shows the class
 
 
@@ -84,7 +85,7 @@ def calibrated(segmenter: "Segmenter", shown: "Shown", others: list["Shown"]) ->
     if len(positive) == 1:
         alone = of(segmenter, shown.images[positive[0]], shown)
         if without:
-            return between(max(0.75 * alone, 1.1 * mean(without)), mean(without), 0.5)
+            return between(max(SEEN * alone, 1.1 * mean(without)), mean(without), BESIDE)
         return between(alone, 0.0, ALONE)
     with_it = mean([of(segmenter, shown.images[k], left_out(segmenter, shown, k)) for k in positive[:MOST]])
     if without:

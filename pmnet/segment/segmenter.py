@@ -17,7 +17,7 @@ from typing import Any, Self, overload
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_max_pool2d, interpolate
 
 from pmnet.backbones.base import Features, union
 from pmnet.errors import SettingError
@@ -73,6 +73,7 @@ class Shown:
         seen: the method's output of `see`, for one episode.
         prototype: (C,), see `presence.py`.
         presence: the score of whether an image shows the class.
+        close: the same at the scale of the objects, if these are small in large supports; for tiles.
     """
 
     images: Tensor
@@ -81,6 +82,24 @@ class Shown:
     seen: Any = None
     prototype: Tensor = field(default_factory=lambda: torch.zeros(0))
     presence: Presence | None = None
+    close: "Shown | None" = None
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]], side: int) -> "Shown":
+        """Of pairs of an image and its mask at the network's size."""
+        images, masks = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return cls(images, masks, side)
+
+    def at(self, side: int | None) -> "Shown":
+        """This or `close`, whose scale is nearer to that of tiles of a side; None stands for whole images."""
+        nearer = side is not None and self.close is not None and side**2 < self.side * self.close.side
+        return self.close if nearer and self.close else self
+
+
+def shown_of(parts: Mapping[str, Any]) -> Shown:
+    """What a class file says was shown, before it is seen."""
+    close = {"close": Shown(**parts["close"])} if "close" in parts else {}
+    return Shown(**{**parts, **close})
 
 
 class Segmenter(Hub):
@@ -104,7 +123,7 @@ class Segmenter(Hub):
 
     def __init__(self, built: Built, device: str = "auto", keep_aspect: bool = False) -> None:
         self.recipe = built.recipe
-        self.device = torch.device(chosen_device() if device == "auto" else device)
+        self.device = chosen_device() if device == "auto" else checked_device(device)
         self.method = built.method.to(self.device).eval()
         self.layer = list(self.method.backbone.blocks)[-1]
         self.frame = Frame(tuple(self.recipe["image_size"]), keep_aspect)
@@ -128,7 +147,7 @@ class Segmenter(Hub):
         if classfile.is_one(source):
             built, kept, shown = classfile.read(Path(source))
             segmenter = cls(built, device, kept if keep_aspect is None else keep_aspect)
-            segmenter.shown = {name: Shown(**parts) for name, parts in shown.items()}
+            segmenter.shown = {name: shown_of(parts) for name, parts in shown.items()}
             for each in segmenter.shown.values():
                 segmenter.see(each)
             return segmenter
@@ -175,25 +194,40 @@ class Segmenter(Hub):
 
     def read(self, name: str, pairs: Sequence[Example], negatives: Sequence[AnyImage]) -> Shown:
         """Reads and resizes the images and masks of one class."""
-        images, masks, side = [], [], 0
+        whole: list[tuple[Tensor, Tensor]] = []
+        close: list[tuple[Tensor, Tensor]] = []
+        none, longest, closest = torch.zeros(self.frame.size, dtype=torch.uint8), 0, 0
         for number, (image_of, mask_of) in enumerate(pairs, start=1):
-            image = as_image(image_of)
+            image, parts = as_image(image_of), []
             size = (image.shape[-2], image.shape[-1])
             squeezed = self.frame.image(image)
             if isinstance(mask_of, marks.Mark):
                 mask = self.grown(squeezed, mask_of, size)
             else:
-                mask = self.frame.mask(as_mask(mask_of, size))
-            if not (mask == 1).any():
+                drawn = as_mask(mask_of, size) == 1
+                mask, parts = self.fitted(drawn), tiles.close_ups(drawn, max(self.frame.size))
+            if not mask.any():
                 where = image_of if isinstance(image_of, (str, Path)) else f"number {number}"
                 raise SettingError(f"The mask of support {where} of {name!r} marks nothing.")
-            images.append(squeezed)
-            masks.append((mask == 1).to(torch.uint8))
-            side = max(side, *size)
+            whole.append((squeezed, mask))
+            close += [(self.frame.image(image[:, *at]), self.fitted(drawn[at])) for at in parts] or whole[-1:]
+            longest, closest = max(longest, *size), max([closest, *(at[1].stop - at[1].start for at in parts)])
         for image_of in negatives:
-            images.append(self.frame.image(as_image(image_of)))
-            masks.append(torch.zeros_like(masks[0]))
-        return Shown(torch.stack(images), torch.stack(masks), side)
+            image = as_image(image_of)
+            whole.append((self.frame.image(image), none))
+            if closest:
+                close.append((self.frame.image(image[:, *tiles.middle(image, closest)]), none))
+        shown = Shown.of(whole, longest)
+        shown.close = Shown.of(close, closest) if closest else None
+        return shown
+
+    def fitted(self, mask_HW: Tensor) -> Tensor:
+        """A mask (h, w) bool at the network's size, (H, W) uint8; what is too small for it becomes one pixel."""
+        fitted = self.frame.mask(mask_HW.to(torch.uint8))
+        if mask_HW.any() and not fitted.any():
+            height, width = self.frame.inside((mask_HW.shape[0], mask_HW.shape[1]))
+            fitted[:height, :width] = adaptive_max_pool2d(mask_HW[None].float(), (height, width))[0]
+        return fitted
 
     @torch.no_grad()
     def grown(self, image: Tensor, mark: marks.Mark, size: tuple[int, int]) -> Tensor:
@@ -211,6 +245,8 @@ class Segmenter(Hub):
         shown.seen = self.method.see(images[use][None], masks[use][None])
         feats = self.method.backbone_pass(images[positive], {self.layer: "last"})
         shown.prototype = prototype(self.deepest(feats), masks[positive])
+        if shown.close:
+            self.see(shown.close)
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -218,6 +254,8 @@ class Segmenter(Hub):
         for name, shown in self.shown.items():
             others = [other for another, other in self.shown.items() if another != name]
             shown.presence = calibrated(self, shown, others)
+            if shown.close:
+                shown.close.presence = calibrated(self, shown.close, [other.at(shown.close.side) for other in others])
 
     # Queries
 
@@ -237,15 +275,17 @@ class Segmenter(Hub):
         Args:
             images: one image as in `fit`; or a folder, or several images, of which the results come one by one.
             tile: side in pixels of the tiles into which a large image is cut, so that small objects are found; "auto"
-                takes the supports' side if the image is more than twice as large; None never cuts.
+                takes the side of the supports, or of the parts around their objects if these are small in large
+                supports, if the image is more than twice as large; None never cuts.
             gate: leave out classes that are not present, see `Result.presences`.
 
         Raises:
-            SettingError: no class was shown.
+            SettingError: no class was shown, or `tile` is none of these.
             ImageError: a file cannot be read.
         """
         if not self.shown:
             raise SettingError("No class was shown: call fit, or load a class file.")
+        tiles.check(tile)
         if isinstance(images, (str, Path)) and Path(images).is_dir():
             return (self.result(as_image(path), tile, gate) for path in image_files(Path(images)))
         if isinstance(images, Iterable) and not isinstance(images, (str, np.ndarray, Tensor)):
@@ -257,17 +297,18 @@ class Segmenter(Hub):
         """The result of one image (3, H, W) uint8."""
         begun = time.perf_counter()
         side = self.tile_side(image, tile)
-        found = self.piece(image, gate) if side is None else tiles.joined(self, image, side, gate)
+        shown = [each.at(side) for each in self.shown.values()]
+        found = self.piece(shown, image, gate) if side is None else tiles.joined(self, shown, image, side, gate)
         presences = dict(zip(self.classes, found.presences, strict=True))
         return Result(found.mask, found.score, presences, self.classes, time.perf_counter() - begun)
 
-    def piece(self, image: Tensor, gate: bool) -> tiles.Piece:
-        """What is found in an image, or in a tile of one, that is seen at once."""
+    def piece(self, shown: Sequence[Shown], image: Tensor, gate: bool) -> tiles.Piece:
+        """What is found of the classes in an image, or in a tile of one, that is seen at once."""
         feats = self.features(self.frame.image(image))
-        score_CHW = torch.stack([self.score(feats, shown.seen) for shown in self.shown.values()])
+        score_CHW = torch.stack([self.score(feats, each.seen) for each in shown])
         presences = [
-            shown.presence(evidence(score, self.deepest(feats)[0], shown.prototype)) if shown.presence else 1.0
-            for shown, score in zip(self.shown.values(), score_CHW, strict=True)
+            each.presence(evidence(score, self.deepest(feats)[0], each.prototype)) if each.presence else 1.0
+            for each, score in zip(shown, score_CHW, strict=True)
         ]
         score_CHW = self.at(score_CHW, (image.shape[-2], image.shape[-1]))
         if gate:
@@ -283,11 +324,9 @@ class Segmenter(Hub):
         """The side of the tiles in pixels; None if the image is not cut."""
         longest = max(image.shape[-2:])
         if tile == "auto":
-            shown = max(each.side for each in self.shown.values())
-            tile = shown if longest > 2 * shown else None
-        if tile is not None and (not isinstance(tile, int) or tile < 64):
-            raise SettingError(f"tile must be auto, none or a side of at least 64 pixels, not {tile!r}.")
-        return tile if tile is not None and tile < longest else None
+            side = max((each.close or each).side for each in self.shown.values())
+            tile = side if longest > 2 * side else None
+        return tile if isinstance(tile, int) and tile < longest else None
 
     def features(self, image: Tensor) -> Features:
         """What the head and the presence score read of one query (3, H, W) uint8 at the network's size."""
@@ -320,7 +359,8 @@ class Segmenter(Hub):
         for name in sorted(self.method.saved()):
             head.update(state[name].cpu().contiguous().numpy().tobytes())
         for each in self.shown.values():
-            shown.update(each.images.numpy().tobytes() + each.masks.numpy().tobytes())
+            for part in filter(None, (each, each.close)):
+                shown.update(part.images.numpy().tobytes() + part.masks.numpy().tobytes())
         facts = {
             "head": self.recipe["name"],
             "head_sha256": head.hexdigest(),
@@ -343,7 +383,18 @@ class Segmenter(Hub):
         classfile.write(Path(path), Built(self.method, self.recipe), self.frame.keep_aspect, self.shown)
 
 
-def chosen_device() -> str:
+def chosen_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found.type if found else "cpu"
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of a name. Raises SettingError if this machine has none of it."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SettingError(
+            f"There is no device {name!r} here: {str(error).splitlines()[0]} Use auto or cpu."
+        ) from error
+    return device

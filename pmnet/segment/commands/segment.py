@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingError(f"There is no image or folder {arguments.images.absolute()}.")
     source = arguments.classes or arguments.head or DEFAULT
     segmenter = Segmenter.load(source, arguments.device, True if arguments.keep_aspect else None)
+    if arguments.classes and not segmenter.classes:
+        raise SettingError(f"{arguments.classes} holds a head, but no classes: pass it as --head, with --support.")
     if arguments.support:
         negatives = image_files(arguments.negatives) if arguments.negatives else ()
         if arguments.negatives and not negatives:

@@ -14,6 +14,7 @@ from pmnet.cli import main
 from pmnet.errors import SettingError
 from pmnet.segment.folder import overlay, palette, segment_folder
 from pmnet.segment.segmenter import Segmenter
+from tests.conftest import ROOT
 from tests.pmnet.segment.test_segmenter import picture, write
 
 SHOWN = {"cat": [picture(0)], "dog": [picture(1)]}
@@ -182,6 +183,8 @@ def test_command(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     "words, message",
     [
         (("--tile", "big"), "--tile must be auto"),
+        (("--tile", "10"), "a side of at least 64 pixels, not 10"),
+        (("--device", "banana"), "There is no device 'banana'"),
         (("--head", "cow"), "There is no file, folder or method 'cow'"),
         (("--images", "nowhere"), "There is no image or folder"),
         (("--negatives", "nowhere"), "There is no image in"),
@@ -198,6 +201,13 @@ def test_wrong_words_are_one_message(
     assert error.startswith("Error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_head_in_place_of_a_class_file_is_one_message(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = ROOT / "pmnet" / "weights" / "pmnet_lite.safetensors"
+    assert command("segment", "--classes", head, "--images", photos, "--out", photos.parent / "out") == 1
+    assert "holds a head, but no classes: pass it as --head" in capsys.readouterr().err
+    assert not (photos.parent / "out").exists()
 
 
 def test_setting_says_what_the_masks_depend_on(photos: Path, segmenter: Segmenter) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pmnet.errors import SettingError
 from pmnet.segment.segmenter import Segmenter
-from pmnet.segment.tiles import OVERLAP, steps
+from pmnet.segment.tiles import OVERLAP, extent, steps
 from tests.conftest import ROOT
-from tests.pmnet.segment.test_segmenter import picture
+from tests.pmnet.segment.test_segmenter import PROTOTYPE, made, picture
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 100, 128, 1000, 4001])
@@ -51,7 +52,62 @@ def test_auto_cuts_images_more_than_twice_as_large_as_the_supports() -> None:
     assert segmenter.tile_side(torch.zeros(3, 50, 80), 100) is None
     for wrong in ("big", 5, -1, 2.5):
         with pytest.raises(SettingError, match="tile must be"):
-            segmenter.tile_side(torch.zeros(3, 50, 1000), wrong)  # type: ignore[arg-type]
+            segmenter.predict(torch.zeros(3, 50, 80), wrong)  # type: ignore[arg-type]
+
+
+def spots(size: tuple[int, int], places: list[tuple[int, int]], side: int) -> tuple[Tensor, Tensor]:
+    """Noise with striped squares at places y, x, and their mask."""
+    image = torch.randint(0, 90, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(size, dtype=torch.uint8)
+    for y, x in places:
+        mask[y : y + side, x : x + side] = 1
+    stripes = (torch.arange(size[1]) // 4 % 2 * 120 + 130).to(torch.uint8)
+    return torch.where(mask.bool(), stripes.expand(3, *size), image), mask
+
+
+def test_small_objects_in_large_supports_are_shown_closely(tmp_path: Path) -> None:
+    segmenter = Segmenter(made(PROTOTYPE, size=64), "cpu")  # an image is large from 256 pixels on
+    image, mask = spots((400, 600), [(300, 500), (20, 40)], 30)
+    shown = segmenter.fit([(image, mask)], negatives=[image[:, :200]]).shown["object"]
+    assert shown.close
+    assert shown.close.side == 3 * 30
+    areas = shown.close.masks.flatten(1).float().mean(1)
+    assert areas[0] == pytest.approx(1 / 9, rel=0.1)
+    assert areas[1:].tolist() == [0, 0]  # a part of the support without it, and the negative
+    query, true = spots((400, 600), [(100, 300)], 30)
+    assert segmenter.tile_side(query, "auto") == 90
+    closely, whole = (iou(segmenter.predict(query, tile, gate=False).mask, true) for tile in ("auto", None))
+    assert closely > 0.25 > 10 * whole
+    segmenter.save(tmp_path / "a.safetensors")
+    again = Segmenter.load(tmp_path / "a.safetensors", "cpu")
+    assert np.array_equal(again.predict(query).score, segmenter.predict(query).score)
+    assert again.described() == segmenter.described()
+
+
+def iou(mask: np.ndarray, true: Tensor) -> float:
+    return float(((mask == 1) & (true.numpy() == 1)).sum() / ((mask == 1) | (true.numpy() == 1)).sum())
+
+
+def test_supports_that_are_shown_whole() -> None:
+    segmenter = Segmenter(made(PROTOTYPE, size=64), "cpu")
+    for image, mask in (spots((200, 250), [(9, 9)], 20), spots((400, 600), [(9, 9)], 200)):  # small; large object
+        assert segmenter.fit([(image, mask)]).shown["object"].close is None
+
+
+def test_object_that_resizing_would_lose_is_kept() -> None:
+    image, mask = spots((200, 250), [(50, 51)], 1)
+    shown = Segmenter(made(PROTOTYPE, size=64), "cpu").fit([(image, mask)]).shown["object"]
+    assert np.argwhere(shown.masks[0].numpy()).tolist() == [[16, 13]]  # 50 / 200 * 64, 51 / 250 * 64
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_extent_counts_runs(seed: int) -> None:
+    mask = np.random.default_rng(seed).random((20, 30)) < 0.6
+    means = []
+    for lines in (mask, mask.T):
+        runs = [len(run) for line in lines for run in "".join("x" if on else " " for on in line).split()]
+        means.append(sum(n * n for n in runs) / sum(runs))
+    assert extent(mask) == pytest.approx(max(means))
 
 
 MEASURE = """
