@@ -191,6 +191,12 @@ def full_disk(case: Case) -> Steps:
     (disk / "filler").unlink(missing_ok=True)
 
 
+@fault("disk full, with W&B", "train")
+def full_disk_with_wandb(case: Case) -> Steps:
+    case.extra = ["logger=wandb", "logger.offline=true", "logger.finish_timeout=5"]
+    yield from full_disk(case)
+
+
 @fault("/dev/shm of 8 MB", "workers/start")
 def little_shared_memory(case: Case) -> Steps:
     mount(Path("/dev/shm"), "8m")
