@@ -33,10 +33,11 @@ def load(path: Path, network: Method) -> Checkpoint:
     """
     state, metadata = read_file(path)
     try:
-        recipe: dict[str, Any] = json.loads(metadata["pmnet"])
-    except (KeyError, ValueError) as error:
+        recipe: dict[str, Any] = dict(json.loads(metadata["pmnet"]))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not say of which method its tensors are (metadata 'pmnet').") from error
     tensors = {PREFIX + name: value for name, value in state.items()}
     check_checkpoint({"backbone": recipe.get("needs"), "state_dict": tensors}, network)
     network.load_state_dict(state, strict=False)
-    return Checkpoint(path, {"by": "this project", **recipe.get("training", {})})
+    training = recipe.get("training")
+    return Checkpoint(path, {"by": "this project"} | (training if isinstance(training, dict) else {}))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pmnet.backbones.base import Backbone
-from pmnet.errors import CheckpointError, SettingError
+from pmnet.errors import CheckpointError, PMNetError, SettingError
 from pmnet.files import read_file
 from pmnet.methods.base import Method
 
@@ -30,6 +30,7 @@ FLOORS = {
 }
 SHIPPED = Path(__file__).parents[1] / "weights"
 DEFAULT = "pmnet_lite"
+NEEDS = {"backbone", "weights", "source", "sha256"}  # what is said of the backbone that the tensors were trained on
 PREFIX = "network."  # of a method's tensors in checkpoints of trainings
 
 
@@ -69,7 +70,11 @@ def build(source: str | Path) -> Built:
             f"{path} does not say how its method is built. Use the checkpoint of a run that has ended, in its folder; "
             "for a file of a method's authors, call pmnet.methods.from_release(name, state_dict)."
         )
-    state = {name.removeprefix(PREFIX): value for name, value in content["state_dict"].items()}
+    check(recipe | {"needs": content["backbone"]}, path)
+    tensors = content.get("state_dict")
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path} is damaged, or another program wrote it: it holds no tensors.")
+    state = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
     name = path.parents[1].name if path.parent.name == "checkpoints" else path.stem
     return assembled(recipe | {"name": name, "needs": content["backbone"]}, state)
 
@@ -78,9 +83,25 @@ def from_metadata(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     """Builds the method that a safetensors file describes. Raises CheckpointError if it describes none."""
     try:
         recipe = json.loads(metadata["pmnet"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} holds tensors, but does not say of which method (metadata 'pmnet').") from error
+    check(recipe, path)
     return assembled({"name": path.stem} | recipe, state)
+
+
+def check(recipe: Any, path: Path) -> None:
+    """Raises CheckpointError if a file's recipe does not say how a method is built."""
+    entries = recipe if isinstance(recipe, dict) else {}
+    sides, needs = entries.get("image_size"), entries.get("needs")
+    if (
+        not all(isinstance(entries.get(part), dict) for part in ("model", "backbone"))
+        or not (isinstance(sides, (list, tuple)) and [type(side) for side in sides] == [int, int] and min(sides) > 0)
+        or not (needs is None or (isinstance(needs, dict) and needs.keys() >= NEEDS))
+    ):
+        raise CheckpointError(
+            f"{path} is damaged, or another program wrote it: it does not say how its method is built (metadata with "
+            "model, backbone and image_size)."
+        )
 
 
 def located(source: str | Path) -> Path:
@@ -113,12 +134,12 @@ def of_run(checkpoint: Path) -> dict[str, Any] | None:
     results = checkpoint.parents[1] / "results.json"
     if checkpoint.parent.name != "checkpoints" or not results.is_file():
         return None
-    record = json.loads(results.read_text(encoding="utf-8"))
-    config, trained = record.get("config", {}), record.get("training", {})
-    if "model" not in config or "backbone" not in config:
+    try:
+        record = json.loads(results.read_text(encoding="utf-8"))
+        parts = {name: record["config"][name] for name in ("model", "backbone")}
+        return parts | {"image_size": record.get("training", {}).get("image_size") or SIZE}
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    size = trained.get("image_size") or SIZE
-    return {"model": config["model"], "backbone": config["backbone"], "image_size": size}
 
 
 def assembled(recipe: dict[str, Any], state: Mapping[str, Tensor]) -> Built:
@@ -169,5 +190,7 @@ def made(config: Mapping[str, Any], kind: type, *arguments: Any) -> Any:
         raise CheckpointError(f"'{target}' is not a {kind.__name__.lower()} of this version of pmnet.") from error
     try:
         return built(*arguments, **options)
-    except TypeError as error:
+    except PMNetError:
+        raise
+    except Exception as error:  # a file can hold any option
         raise CheckpointError(f"{target} does not take these options: {error}.") from error

@@ -4,6 +4,7 @@ root/annotations.json, _annotations.coco.json, annotations/instances_default.jso
 root/NAME.jpg, root/images/NAME.jpg, ...: wherever `file_name` or its last part is found
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -122,7 +123,7 @@ def shapes_by_image(content: Any, values: Mapping[Any, int]) -> dict[Any, list[t
 def find(name: str, path: Path, bases: Sequence[Path], images: Mapping[str, Sequence[Path]]) -> Path:
     """The file of an image that an annotation file names. Raises SettingError if there is not exactly one."""
     for base in bases:
-        if (base / name).is_file():
+        if os.path.isfile(base / name):  # Path.is_file raises for names that no disk has
             return base / name
     found = images.get(name.rpartition("/")[2], ())
     if len(found) != 1:

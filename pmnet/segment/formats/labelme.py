@@ -7,6 +7,7 @@ root/labels.txt           optional, the order of the classes; otherwise they are
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -131,7 +132,7 @@ def image_of(path: Path, content: Mapping[str, Any], images: Mapping[str, Sequen
         SettingError: there is none.
     """
     named = PurePosixPath(str(content["imagePath"]).replace("\\", "/"))
-    if (path.parent / named).is_file():
+    if os.path.isfile(path.parent / named):  # Path.is_file raises for names that no disk has
         return path.parent / named
     for suffix in sorted(SUFFIXES):
         if path.with_suffix(suffix).is_file():
