@@ -27,8 +27,9 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # a sweep's: a run takes the signal itself
         wait = False
-        print("Interrupted. Run the same command again: it takes over the finished trainings.", file=sys.stderr)
         sys.exit(130)
     finally:
         if Sweep.under_way:  # broken off: what its jobs have done is summed up all the same
             Sweep.under_way.end(wait)
+        if not wait:
+            print("Interrupted. Run the same command again: it takes over the finished trainings.", file=sys.stderr)

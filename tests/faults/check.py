@@ -77,11 +77,11 @@ def messages(case: Case, silent: bool) -> list[str]:
     wrong = []
     for process, path in case.started:
         output = path.read_text(errors="replace")
+        if process.returncode == 130 and case.scene.name == "sweep":
+            output = output.replace("] Terminated (", "")  # its job, which shares the output, says how it ended
         told = sum(output.count(words) for words in ("Error: ", "] Terminated (", "Interrupted."))
         if last_line(output) == "KeyboardInterrupt" and ("init_import_site" in output or "run.py" not in output):
             continue  # Python itself, before it has read the first line of the run
-        if process.returncode == 130 and case.scene.name == "sweep":
-            output = output.replace("] Terminated (", "")  # its job, which shares the output, says how it ended
         if process.returncode == 0 or ((silent or process.returncode < 0) and not told and "Traceback" not in output):
             continue
         if "Traceback" in output:
