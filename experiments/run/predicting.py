@@ -7,9 +7,8 @@ from omegaconf import DictConfig
 from experiments.errors import UserError
 from experiments.files import write_json
 from experiments.run import results
-from pmnet.segment.commands.segment import tile_of
+from pmnet.segment.commands.segment import fit, tile_of
 from pmnet.segment.folder import segment_folder
-from pmnet.segment.images import image_files
 from pmnet.segment.recipe import DEFAULT
 from pmnet.segment.segmenter import Segmenter
 
@@ -20,17 +19,16 @@ def predict(cfg: DictConfig, folder: Path) -> float:
     Raises:
         UserError: an option is missing, or an image failed; the others are done.
     """
-    from pmnet.segment.formats import supports_of  # its readers take a while to import
-
     p = cfg.predict
-    for name in ("support", "images"):
-        if not p[name]:
+    for name in ("support", "images", "negatives"):
+        if not p[name] and name != "negatives":
             raise UserError(f"mode=predict needs predict.{name}: the path of a folder.")
-        if not Path(p[name]).exists():
+        if p[name] and not Path(p[name]).exists():
             raise UserError(f"predict.{name}: there is no {Path(p[name]).absolute()}.")
+    tile = tile_of(str(p.tile))
     segmenter = Segmenter.load(cfg.ckpt or DEFAULT, "auto" if cfg.trainer.accelerator == "auto" else "cpu")
-    segmenter.fit(supports_of(Path(p.support)), image_files(Path(p.negatives)) if p.negatives else ())
-    failed = segment_folder(segmenter, Path(p.images), folder, tile_of(str(p.tile)), p.gate)
+    fit(segmenter, Path(p.support), Path(p.negatives) if p.negatives else None)
+    failed = segment_folder(segmenter, Path(p.images), folder, tile, p.gate)
     write_json(folder / "results.json", {"mode": "predict", **segmenter.described(), **results.origin(cfg)})
     if failed:
         raise UserError(f"{failed} images failed; the others are done: {folder / 'results.csv'}")

@@ -5,8 +5,12 @@ An interrupted run goes on where it ended.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pmnet.errors import SettingError
+
+if TYPE_CHECKING:
+    from pmnet.segment.segmenter import Segmenter
 
 HELP = "segment the images of a folder by a folder of examples"
 
@@ -31,8 +35,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 if an image failed; the others are done."""
     from pmnet.segment.folder import segment_folder
-    from pmnet.segment.formats import supports_of
-    from pmnet.segment.images import image_files
     from pmnet.segment.recipe import DEFAULT
     from pmnet.segment.segmenter import Segmenter
 
@@ -46,10 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.classes and not segmenter.classes:
         raise SettingError(f"{arguments.classes} holds a head, but no classes: pass it as --head, with --support.")
     if arguments.support:
-        negatives = image_files(arguments.negatives) if arguments.negatives else ()
-        if arguments.negatives and not negatives:
-            raise SettingError(f"There is no image in {arguments.negatives.absolute()}.")
-        segmenter.fit(supports_of(arguments.support), negatives)
+        fit(segmenter, arguments.support, arguments.negatives)
     if arguments.save:
         segmenter.save(arguments.save)
     failed = segment_folder(
@@ -57,6 +56,28 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.coco,
     )  # fmt: skip
     return int(failed > 0)
+
+
+def fit(segmenter: "Segmenter", support: Path, negatives: Path | None) -> None:
+    """Shows the classes of a folder of examples, and says which.
+
+    Args:
+        negatives: a folder of images that show none of them, or None.
+
+    Raises:
+        SettingError: a folder holds no examples, or no image.
+        ImageError: a file cannot be read.
+    """
+    from pmnet.segment.formats import supports_of
+    from pmnet.segment.images import image_files
+
+    without = image_files(negatives) if negatives else []
+    if negatives and not without:
+        raise SettingError(f"There is no image in {negatives.absolute()}.")
+    supports = supports_of(support)
+    counts = ", ".join(f"{name} ({len(pairs)})" for name, pairs in supports.items())
+    print(f"Examples: {counts}; negatives: {len(without)}; head: {segmenter.recipe['name']}.", flush=True)
+    segmenter.fit(supports, without)
 
 
 def tile_of(text: str) -> int | str | None:
