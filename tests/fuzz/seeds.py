@@ -1,13 +1,16 @@
 """Sound files of every kind that the project reads, small; damage starts from them."""
 
+import base64
 import gzip
 import io
 import json
 import pickle
 import tarfile
+import tempfile
 import warnings
 import zipfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,8 @@ from scipy.io import savemat
 
 from datamodules.benchmarks.coco import CLASSES
 from pmnet import PMNet, SmallBackbone
+from pmnet.segment import Segmenter, classfile
+from pmnet.segment.recipe import assembled
 from pmnet.training.module import FewShotModule
 
 SIDE = 24
@@ -90,6 +95,90 @@ def coco_annotations() -> list[Any]:
             "categories": [{"id": c + 1, "name": name} for c, name in enumerate(CLASSES)],
         }
     ]
+
+
+@cache
+def own_annotations() -> dict[str, list[Any]]:
+    """Contents of json files about one image, a.jpg or b.jpg, as tools write them: format -> contents."""
+    mark = base64.b64encode(saved(Image.fromarray(np.full((6, 6), 255, np.uint8)), "PNG")).decode()
+    points = {
+        "polygon": [[2, 2], [20.5, 2], [20, 20]],
+        "rectangle": [[3, 3], [9, 9]],
+        "circle": [[12, 12], [15, 12]],
+        "line": [[1, 1], [9, 20]],
+        "linestrip": [[1, 1], [9, 20], [20, 20]],
+        "point": [[5, 5]],
+        "mask": [[10, 10], [15, 15]],
+        "rotation": [[2, 2], [8, 4], [6, 9]],
+    }
+    shapes = [
+        {"label": "cat" if k % 2 else "dog", "points": drawn, "shape_type": kind, "group_id": None, "flags": {}}
+        | ({"mask": mark} if kind == "mask" else {})
+        for k, (kind, drawn) in enumerate(points.items())
+    ]
+    labelme = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": "a.jpg", "imageData": None}
+    labelme |= {"imageHeight": SIDE, "imageWidth": SIDE}
+    embedded = labelme | {"imagePath": "absent.jpg", "imageData": base64.b64encode(images()[0]).decode()}
+    (of_coco,) = coco_annotations()
+    of_coco = of_coco | {
+        "images": [of_coco["images"][k] | {"file_name": name} for k, name in enumerate(("a.jpg", "b.jpg"))],
+        "annotations": [each | {"bbox": [2, 2, 18, 18], "iscrowd": 0} for each in of_coco["annotations"]],
+    }
+    return {"labelme": [labelme, embedded], "coco": [of_coco]}
+
+
+@cache
+def own_texts() -> dict[str, list[bytes]]:
+    """Text files beside one's own images."""
+    return {
+        "yolo": [b"0 0.1 0.1 0.9 0.1 0.9 0.9\n1 .2 .2 .4 .2 .4 .4 .2 .4\n\n", b"1 0.5 0.5 1 0.5 1 1\r\n"],
+        "data.yaml": [b"path: .\nnames:\n  0: cat\n  1: dog\n", b"nc: 2\nnames: [cat, 'guinea pig']\n"],
+        "labelmap": [
+            b"# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:255,0,0::\ndog:0,255,255:head,tail:run\n",
+            b"background 0 0 0\ncat 255 0 0\ndog 0 255 255\n",
+        ],
+        "csv": [b"Pixel Value, Class\n0, background\n1, cat\n2, dog\n"],
+    }
+
+
+def colour_mask() -> bytes:
+    """In the colours of `own_texts()["labelmap"]`."""
+    index = np.indices((SIDE, SIDE)).sum(0) // 8 % 3
+    return saved(Image.fromarray(np.array([[0, 0, 0], [255, 0, 0], [0, 255, 255]], np.uint8)[index]), "PNG")
+
+
+@cache
+def head_recipes() -> list[Any]:
+    """What the metadata of a head say."""
+    kept = dict(module().network.backbone.provenance.as_dict())
+    backbone = {"_target_": "pmnet.SmallBackbone", "weights": "quickstart"}
+    parts = {"model": {"_target_": "pmnet.PMNet"}, "backbone": backbone}
+    return [parts | {"image_size": [64, 64], "needs": kept, "training": {"dataset": "synthetic"}}]
+
+
+def head_file(recipe: Any) -> bytes:
+    """A head in a .safetensors file, as runs and releases hold it."""
+    network = module().network
+    state = {name: value for name, value in network.state_dict().items() if name in network.saved()}
+    return safetensors.torch.save(state, {"pmnet": json.dumps(recipe)})
+
+
+@cache
+def class_file_parts() -> tuple[dict[str, torch.Tensor], Any]:
+    """The tensors of a class file of two classes, and what its metadata say."""
+    recipe = head_recipes()[0] | {"model": {"_target_": "pmnet.Prototype"}, "name": "x"}
+    segmenter = Segmenter(assembled(recipe, {}), "cpu")
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[4:15, 4:15] = 1
+    segmenter.fit({name: [(Image.fromarray(pixels()), mask)] for name in ("cat", "dog")})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        segmenter.save(path)
+        return safetensors.torch.load_file(path), classfile.described(path)
+
+
+def class_file(recipe: Any) -> bytes:
+    return safetensors.torch.save(class_file_parts()[0], {"pmnet": json.dumps(recipe)})
 
 
 @cache

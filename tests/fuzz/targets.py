@@ -25,8 +25,11 @@ from datamodules.command import config
 from datamodules.own.folder import class_names
 from datamodules.prepare.ready import DIGESTS, MANIFEST, check
 from datamodules.prepare.source import Source
-from experiments.run import checkpoints
+from experiments.run import checkpoints, heads
 from pmnet.files import read_file
+from pmnet.segment import Segmenter
+from pmnet.segment.classfile import described
+from pmnet.segment.formats import read_folder, supports_of
 from pmnet.segment.formats.masks import foreground, index_values
 from pmnet.segment.images import load_image, verify
 from tests.fuzz import seeds
@@ -151,6 +154,66 @@ def read_digests(content: bytes, folder: Path) -> None:
     check(ChestXrayDataset, folder)
 
 
+# One's own images
+
+
+def read_own(name: str, beside: Callable[[], dict[str, bytes]], content: bytes, folder: Path) -> None:
+    """Reads a folder as `pmnet segment` and `dataset=folder` do.
+
+    Args:
+        name: of the file that holds the content.
+        beside: the sound files beside it.
+    """
+    for path, given in (beside() | {name: content}).items():
+        written(given, folder / path)
+    for supports in supports_of(folder).values():
+        for _ in supports:
+            pass
+    for each in read_folder(folder):
+        each.pixels()
+
+
+def photos() -> dict[str, bytes]:
+    return {"a.jpg": seeds.images()[1], "b.jpg": seeds.images()[1]}
+
+
+def with_labels() -> dict[str, bytes]:
+    return photos() | {"b.txt": seeds.own_texts()["yolo"][1]}
+
+
+def with_names() -> dict[str, bytes]:
+    return photos() | {"classes.txt": b"cat\ndog\n"}
+
+
+def indexed() -> dict[str, bytes]:
+    """Index masks."""
+    return {"images/a.jpg": seeds.images()[1], "masks/a.png": seeds.masks()[0], "classes.txt": b"cat\ndog\n"}
+
+
+def coloured() -> dict[str, bytes]:
+    """Masks in the colours of a label map."""
+    return {"images/a.jpg": seeds.images()[1], "masks/a.png": seeds.colour_mask()} | {
+        "labelmap.txt": seeds.own_texts()["labelmap"][0]
+    }
+
+
+def by_class() -> dict[str, bytes]:
+    files = {"1.jpg": seeds.images()[1], "1.png": seeds.masks()[2]}
+    return {f"{name}/{file}": content for name in ("cat", "dog") for file, content in files.items()}
+
+
+def read_head(content: bytes, folder: Path) -> None:
+    path = written(content, folder / "a.safetensors")
+    Segmenter.load(path, "cpu")
+    heads.load(path, seeds.module().network)
+
+
+def read_class_file(content: bytes, folder: Path) -> None:
+    path = written(content, folder / "a.safetensors")
+    Segmenter.load(path, "cpu")
+    described(path)
+
+
 # Weights and checkpoints
 
 
@@ -205,6 +268,25 @@ TARGETS: dict[str, Target] = {
     "mask, Deepglobe": Target(partial(read_mask, index_of), seeds.masks, wrap=(bytes, right_checksums)),
     "mask, PASCAL": Target(read_pascal_mask, seeds.masks, wrap=(bytes, right_checksums)),
     "mask, SUIM": Target(read_suim_mask, seeds.masks, wrap=(bytes, right_checksums)),
+    "labelme json": Target(
+        partial(read_own, "a.json", photos), values=lambda: seeds.own_annotations()["labelme"], share=3
+    ),
+    "COCO json, own images": Target(
+        partial(read_own, "instances.json", photos), values=lambda: seeds.own_annotations()["coco"], share=3
+    ),
+    "YOLO labels": Target(partial(read_own, "a.txt", with_names), lambda: seeds.own_texts()["yolo"], share=2),
+    "YOLO data.yaml": Target(partial(read_own, "data.yaml", with_labels), lambda: seeds.own_texts()["data.yaml"]),
+    "labelmap.txt": Target(partial(read_own, "labelmap.txt", coloured), lambda: seeds.own_texts()["labelmap"]),
+    "_classes.csv": Target(partial(read_own, "_classes.csv", indexed), lambda: seeds.own_texts()["csv"]),
+    "index mask in a folder": Target(
+        partial(read_own, "masks/a.png", indexed), seeds.masks, wrap=(bytes, right_checksums)
+    ),
+    "colour mask in a folder": Target(
+        partial(read_own, "masks/a.png", coloured), lambda: [seeds.colour_mask()], wrap=(bytes, right_checksums)
+    ),
+    "mask in a folder per class": Target(
+        partial(read_own, "cat/1.png", by_class), seeds.masks, wrap=(bytes, right_checksums)
+    ),
     "classes.txt": Target(partial(read_mask, class_names), lambda: seeds.text_lists()["classes"]),
     "COCO annotations": Target(read_annotations, values=seeds.coco_annotations, share=3),
     "SBD .mat": Target(read_mat, seeds.matlab, share=2),
@@ -234,6 +316,16 @@ TARGETS: dict[str, Target] = {
     "weights .pth": Target(partial(read_weights, "a.pth"), seeds.tensor_files, share=2),
     "weights .safetensors": Target(
         partial(read_weights, "a.safetensors"), seeds.safetensors_files, wrap=(bytes, with_footer), share=2
+    ),
+    "head .safetensors": Target(
+        read_head, values=seeds.head_recipes, dump=seeds.head_file, wrap=(bytes, with_footer), share=0.4
+    ),
+    "class file": Target(
+        read_class_file,
+        values=lambda: [seeds.class_file_parts()[1]],
+        dump=seeds.class_file,
+        wrap=(bytes, with_footer),
+        share=0.4,
     ),
     "archive .zip": Target(partial(unpack, "a.zip"), seeds.zips, share=2),
     "archive .tar": Target(unpack_tar, seeds.tars, wrap=(bytes, gzip.compress, bz2.compress, lzma.compress), share=2),

@@ -1,5 +1,6 @@
 """Bad input: a few hundred new inputs each time, and the worst known ones."""
 
+import base64
 import gzip
 import io
 import json
@@ -108,6 +109,25 @@ def safetensors_of(header: bytes, length: int | None = None) -> bytes:
 TWO_GIGABYTES = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
 LYING = b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[%s]}}'
 NEST = 100_000
+HUGE = {"_target_": "pmnet.PMNet", "evidence": 7, "dropout": "x"}
+
+
+def crop_of(png: bytes) -> dict[str, object]:
+    corners = [[1, 1], [6, 6]]
+    return {"label": "cat", "points": corners, "shape_type": "mask", "mask": base64.b64encode(png).decode()}
+
+
+def labelme_of(**changed: object) -> bytes:
+    return seeds.as_json(seeds.own_annotations()["labelme"][0] | changed)
+
+
+def coco_of(segmentation: object = None, **changed: object) -> bytes:
+    content = seeds.own_annotations()["coco"][0] | changed
+    if segmentation:
+        content["annotations"] = [content["annotations"][0] | {"segmentation": segmentation}]
+    return seeds.as_json(content)
+
+
 REFUSED: dict[str, list[tuple[str, Callable[[], bytes]]]] = {
     "image": [
         ("empty", bytes),
@@ -192,6 +212,45 @@ REFUSED: dict[str, list[tuple[str, Callable[[], bytes]]]] = {
         ("an overflow", lambda: safetensors_of(LYING % (b"4294967296,4294967296", b"0,16"))),
         ("backwards", lambda: safetensors_of(LYING % (b"4", b"16,0"))),
         ("deep", lambda: safetensors_of(b"[" * NEST)),
+    ],
+    "labelme json": [
+        ("a list", lambda: b"[]"),
+        ("deep", lambda: b"[" * NEST),
+        ("a name of 5,000 letters", lambda: labelme_of(imagePath="x" * 5000, shapes=[])),
+        ("an image of another shape", lambda: labelme_of(imageHeight=[24])),
+        ("a mask of 170 megapixels", lambda: labelme_of(shapes=[crop_of(solid(13000))])),
+        ("a mask that is no image", lambda: labelme_of(shapes=[crop_of(b"PNG")])),
+        ("a shape beyond all numbers", lambda: labelme_of(shapes=[{"label": "cat", "points": [[1e39, 1]] * 3}])),
+    ],
+    "COCO json, own images": [
+        ("a name of 5,000 letters", lambda: coco_of(images=[{"id": 0, "file_name": "x" * 5000}])),
+        ("runs of 4 billion", lambda: coco_of(segmentation={"counts": [2**32 - 1] * 3, "size": [24, 24]})),
+        ("an image of 10 gigapixels", lambda: coco_of(segmentation={"counts": [10**10], "size": [10**5, 10**5]})),
+        ("an id that is a list", lambda: coco_of(categories=[{"id": [], "name": "cat"}])),
+    ],
+    "YOLO labels": [
+        ("a box", lambda: b"0 0.1 0.1 0.9 0.9\n"),
+        ("5,000 digits", lambda: b"9" * 5000 + b" .1 .1 .9 .1 .9 .9\n"),
+        ("not a number", lambda: b"0 nan nan 1 1 0 1\n"),
+        ("not text", lambda: b"0 .1 .1 .9 .1 .9 .9\n\xff\n"),
+    ],
+    "YOLO data.yaml": [("a command", lambda: b"names: !!python/object/apply:os.system ['touch canary']\n")],
+    "labelmap.txt": [
+        ("colours of 5,000 digits", lambda: b"cat:" + b"9" * 5000 + b",0,0::\n"),
+        ("not text", lambda: b"\xff"),
+    ],
+    "head .safetensors": [
+        ("a list", lambda: seeds.head_file([])),
+        ("nothing", lambda: seeds.head_file({})),
+        ("no side", lambda: seeds.head_file(seeds.head_recipes()[0] | {"image_size": [64]})),
+        ("another class", lambda: seeds.head_file(seeds.head_recipes()[0] | {"model": {"_target_": "os.system"}})),
+        ("odd options", lambda: seeds.head_file(seeds.head_recipes()[0] | {"model": HUGE})),
+        ("deep", lambda: safetensors_of(b'{"__metadata__": {"pmnet": "' + b"[" * NEST + b'"}}')),
+    ],
+    "class file": [
+        ("no classes", lambda: seeds.class_file(seeds.class_file_parts()[1] | {"classes": 3})),
+        ("no recipe", lambda: seeds.class_file({"classes": []})),
+        ("a class without a name", lambda: seeds.class_file(seeds.class_file_parts()[1] | {"classes": [{}]})),
     ],
     "archive .zip": [
         ("absolute", lambda: seeds.zipped({"/tmp/canary.jpg": b"1"})),

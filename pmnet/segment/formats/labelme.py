@@ -50,8 +50,10 @@ class Crop:
 
     def paint(self, index: np.ndarray, value: int) -> None:
         try:
-            marked = np.asarray(Image.open(io.BytesIO(base64.b64decode(self.png))).convert("L")) > 0
-        except OSError as error:
+            png = Image.open(io.BytesIO(base64.b64decode(self.png)))
+            checked_size(*png.size)
+            marked = np.asarray(png.convert("L")) > 0
+        except Exception as error:  # a damaged file can make a decoder raise anything
             raise ValueError("the PNG of a mask is damaged") from error
         x, y = self.corner
         part = index[max(y, 0) :, max(x, 0) :][: marked.shape[0] + min(y, 0), : marked.shape[1] + min(x, 0)]
