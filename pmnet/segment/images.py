@@ -1,5 +1,6 @@
 """How an image file becomes pixels: the one place for reading and resizing, shared by the library and the datasets."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,13 +66,19 @@ def rgb_array(image: Image.Image) -> np.ndarray:
 def decode(path: Path) -> Image.Image:
     """Reads and decodes a whole image file. Raises ImageError where it is missing or broken."""
     with one_error(path):
-        image = Image.open(path)
-        if image.format == "EPS":
-            raise OSError("EPS is not supported: it is a program, which Ghostscript would run")
-        if image.width * image.height > MAX_PIXELS:
-            raise OSError(f"it has more than {MAX_PIXELS / 1e6:.0f} megapixels: cut it into tiles")
+        image = opened(path)
         image.load()
         return image
+
+
+def opened(file: Path | io.BytesIO) -> Image.Image:
+    """An image of which only the header is read yet. Raises OSError, and whatever Pillow does, if it is not safe."""
+    image = Image.open(file)
+    if image.format == "EPS":
+        raise OSError("EPS is not supported: it is a program, which Ghostscript would run")
+    if image.width * image.height > MAX_PIXELS:
+        raise OSError(f"it has more than {MAX_PIXELS / 1e6:.0f} megapixels: cut it into tiles")
+    return image
 
 
 def verify(path: Path) -> None:

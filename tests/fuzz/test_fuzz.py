@@ -109,12 +109,18 @@ def safetensors_of(header: bytes, length: int | None = None) -> bytes:
 TWO_GIGABYTES = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
 LYING = b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[%s]}}'
 NEST = 100_000
+EPS = seeds.saved(Image.new("L", (9, 9)), "EPS")
 HUGE = {"_target_": "pmnet.PMNet", "evidence": 7, "dropout": "x"}
 
 
 def crop_of(png: bytes) -> dict[str, object]:
     corners = [[1, 1], [6, 6]]
     return {"label": "cat", "points": corners, "shape_type": "mask", "mask": base64.b64encode(png).decode()}
+
+
+def held(image: bytes) -> dict[str, object]:
+    """The entries of a labelme file that holds the image itself."""
+    return {"imagePath": "absent.jpg", "imageData": base64.b64encode(image).decode()}
 
 
 def labelme_of(**changed: object) -> bytes:
@@ -135,7 +141,7 @@ REFUSED: dict[str, list[tuple[str, Callable[[], bytes]]]] = {
         ("PNG of 4 gigapixels", lambda: large(Image.new("L", (9, 9)), "PNG", 65535, 65535)),
         ("GIF of 170 megapixels", lambda: large(Image.new("P", (9, 9)), "GIF", 13000, 13000)),
         ("170 megapixels in 20 kB", lambda: solid(13000)),
-        ("EPS, a program", lambda: seeds.saved(Image.new("L", (9, 9)), "EPS")),
+        ("EPS, a program", lambda: EPS),
     ],
     "mask, Deepglobe": [("170 megapixels", lambda: solid(13000))],
     "classes.txt": [("not text", lambda: b"\xff\xfe\xfd"), ("empty", bytes), ("twice", lambda: b"cat\ncat\n")],
@@ -219,6 +225,10 @@ REFUSED: dict[str, list[tuple[str, Callable[[], bytes]]]] = {
         ("a name of 5,000 letters", lambda: labelme_of(imagePath="x" * 5000, shapes=[])),
         ("an image of another shape", lambda: labelme_of(imageHeight=[24])),
         ("a mask of 170 megapixels", lambda: labelme_of(shapes=[crop_of(solid(13000))])),
+        ("a mask that is a program", lambda: labelme_of(shapes=[crop_of(EPS)])),
+        ("an image that is a program", lambda: labelme_of(**held(EPS))),
+        ("an image of 170 megapixels", lambda: labelme_of(imageHeight=13000, imageWidth=13000, **held(solid(13000)))),
+        ("half an image", lambda: labelme_of(**held(seeds.images()[1][:500]))),
         ("a mask that is no image", lambda: labelme_of(shapes=[crop_of(b"PNG")])),
         ("a shape beyond all numbers", lambda: labelme_of(shapes=[{"label": "cat", "points": [[1e39, 1]] * 3}])),
     ],

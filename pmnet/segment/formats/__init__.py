@@ -201,7 +201,7 @@ class Supports(Sequence[Support]):
         each = self.images[at]
         index = each.masks()
         mask = np.where(index == IGNORE, IGNORE, index == self.value).astype(np.uint8)
-        return each.image.open() if isinstance(each.image, Embedded) else each.image, mask
+        return each.image.read() if isinstance(each.image, Embedded) else each.image, mask
 
 
 def supports_of(folder: str | Path) -> dict[str, Supports]:

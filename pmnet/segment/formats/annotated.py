@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pmnet.errors import SettingError
-from pmnet.segment.images import IGNORE, MAX_PIXELS, SUFFIXES, TURN, as_image, load_image, one_error
+from pmnet.segment.images import IGNORE, MAX_PIXELS, SUFFIXES, TURN, as_image, load_image, one_error, opened
 
 BACKGROUND = {"background", "_background_", "__background__"}  # names that stand for "none of the classes"
 IGNORED = {"ignore", "__ignore__", "void"}
@@ -43,7 +43,14 @@ class Embedded:
                 content = base64.b64decode(json.loads(self.path.read_bytes())["imageData"], validate=True)
             except (binascii.Error, TypeError, KeyError) as error:
                 raise OSError(f"imageData is not a base64 image: {error}") from error
-            return Image.open(io.BytesIO(content))
+            return opened(io.BytesIO(content))
+
+    def read(self) -> Image.Image:
+        """The decoded image. Raises ImageError if it cannot be read."""
+        image = self.open()
+        with one_error(self.path):
+            image.load()
+        return image
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Annotated:
 
     def pixels(self) -> Tensor:
         """The image, (3, H, W) uint8, turned as EXIF says. Raises ImageError if it cannot be read."""
-        return load_image(self.image) if isinstance(self.image, Path) else as_image(self.image.open())
+        return load_image(self.image) if isinstance(self.image, Path) else as_image(self.image.read())
 
     def masks(self) -> np.ndarray:
         """The index mask, (H, W) uint8: 0 = none, k = the k-th class, 255 = ignore.

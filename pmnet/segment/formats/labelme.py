@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pmnet.errors import SettingError
 from pmnet.segment.formats.annotated import (
@@ -29,7 +28,7 @@ from pmnet.segment.formats.annotated import (
     valid,
 )
 from pmnet.segment.formats.raster import Rings, Shape, Stroke, painted, points_of
-from pmnet.segment.images import SUFFIXES
+from pmnet.segment.images import SUFFIXES, opened
 
 LINE = 5.0  # pixels to either side of a line and around a point, as labelme draws them
 
@@ -50,9 +49,7 @@ class Crop:
 
     def paint(self, index: np.ndarray, value: int) -> None:
         try:
-            png = Image.open(io.BytesIO(base64.b64decode(self.png)))
-            checked_size(*png.size)
-            marked = np.asarray(png.convert("L")) > 0
+            marked = np.asarray(opened(io.BytesIO(base64.b64decode(self.png))).convert("L")) > 0
         except Exception as error:  # a damaged file can make a decoder raise anything
             raise ValueError("the PNG of a mask is damaged") from error
         x, y = self.corner
