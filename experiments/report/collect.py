@@ -19,7 +19,7 @@ UNSHAPING = {  # config values that may differ between runs of one table row
     *("fold", "shot", "seed", "mode", "ckpt", "resume", "reuse", "trainings", "panels", "untrained", "floors", "data"),
     *("logger", "launcher", "hydra", "task", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.log_every_n_steps", "dataset.root", "target.root", "validation.root"),
-    *("trainer.cache", "trainer.channels_last", "trainer.compile"),
+    *("trainer.cache", "trainer.channels_last", "trainer.compile", "trainer.timeout"),
     *("backbone.weights", "backbone.download", "episodes._target_", "episodes.dataset", "episodes.target"),
     *("episodes.validation", "episodes.task", "episodes.fold", "episodes.shot", "episodes.train_shot"),
     *("episodes.seed", "episodes.cache", "episodes.augment", "episodes.workers", "episodes.test_batch_size"),

@@ -3,9 +3,9 @@
 import errno
 import io
 import logging
-import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,9 +23,10 @@ from rich.markup import escape
 from datamodules.errors import DatasetError
 from experiments import loggers
 from experiments.errors import UserError, explain
-from experiments.files import write_json
+from experiments.files import read_json, write_json
+from experiments.run import together
 from experiments.run.ending import end_children, soon
-from experiments.run.processes import is_first, processes_of_slurm
+from experiments.run.processes import is_first, processes_of_slurm, rank
 from experiments.sweep import jobs, trainings
 from experiments.sweep.preemption import Requeue, leave_after_error
 from pmnet.errors import PMNetError
@@ -50,8 +51,7 @@ def explained(folder: Path) -> Iterator[Outcome]:
     """
     accept_any_character()
     logging.raiseExceptions = False  # on a full disk, each line of run.log would be a traceback
-    if jobs.is_sweep_job() or "LOCAL_RANK" in os.environ:
-        jobs.end_with_parent()
+    jobs.end_with_parent()
     if is_first():
         for name in ("failure.json", "results.json"):  # of an earlier run in this folder
             (folder / name).unlink(missing_ok=True)
@@ -70,6 +70,8 @@ def explained(folder: Path) -> Iterator[Outcome]:
         if Requeue.was_asked():  # an error caused by the termination is not a failure of the job
             log.error("While Slurm was ending this job: %s", message or repr(error))
             leave_after_error()
+        if lost_another(error) and said_elsewhere(folder):
+            sys.exit(1)
         if message or not (folder / "failure.json").exists():  # otherwise another process of this job failed first
             write_failure(folder, message or repr(error), traceback.format_exc())
         if message is None:
@@ -79,6 +81,9 @@ def explained(folder: Path) -> Iterator[Outcome]:
         Console(stderr=True, soft_wrap=True).print(
             f"[bold red]Error:[/] {escape(message or repr(error))}", highlight=False
         )
+        if lost_another(error):
+            for process in together.stopped().values():  # would stay, and whoever waits for the run would wait on
+                process.kill()
         if HydraConfig.get().mode is RunMode.MULTIRUN and processes_of_slurm() < 2:  # else exit: srun ends the others
             outcome.score = jobs.failed_score(message or repr(error))
             return
@@ -121,12 +126,31 @@ def as_message(error: Exception) -> str | None:
             f"A file could not be locked: {cause}. The disk has no file locks. Set reuse=false, or choose a folder on "
             "another disk with trainings=FOLDER and, if you use it, episodes.cache=FOLDER."
         )
-    if isinstance(cause, RuntimeError) and ("gloo" in str(cause) or "NCCL" in str(cause)):
+    if cause is not None and lost_another(cause):
+        frozen = ", ".join(f"process {rank} (pid {p.pid})" for rank, p in together.stopped().items())
+        which = f"It is {frozen}, stopped by a signal. " if frozen else "If it left a message, it is above. "
         return (
-            f"Another process of this job has ended or does not answer: {last_line(cause)} If it left "
-            "a message, it is above. Run the same command again to resume."
+            f"Another process of this job has ended or does not answer: {last_line(cause)} {which}Run the same command "
+            "again to resume. If it was only slow, set trainer.timeout=1800."
         )
     return None
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether PyTorch raised it because another process of this job has ended or does not answer."""
+    if type(error).__name__ in ("DistStoreError", "DistNetworkError"):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+
+
+def said_elsewhere(folder: Path) -> bool:
+    """Whether another process of this job has already said why the job ends: all lose contact at the same time."""
+    deadline = time.monotonic() + 1 + rank()
+    while time.monotonic() < deadline:
+        if read_json(folder / "failure.json").get("attempt") == trainings.attempt():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def last_line(error: BaseException | None) -> str:

@@ -7,7 +7,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 def is_first() -> bool:
     """Whether this is the process that writes files, by the rank that the launcher assigned."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """The number that the launcher assigned to this process, from 0."""
+    return getattr(rank_zero_only, "rank", 0) or 0
 
 
 def processes_of_slurm() -> int:

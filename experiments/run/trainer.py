@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig
 
 from experiments.errors import UserError
 from experiments.run.checkpoints import AtomicCheckpoints
 from experiments.run.processes import is_first
+from experiments.run.together import KeepPace, PatientDDP
 from experiments.sweep.preemption import signal_callbacks
 
-OURS = {"cache", "channels_last", "compile"}  # keys of conf/trainer that are not Lightning's
+OURS = {"cache", "channels_last", "compile", "timeout"}  # keys of conf/trainer that are not Lightning's
 BY_DESIGN = (  # Lightning's warnings about choices made here on purpose
     "does not have many workers",
     "LeafSpec",
@@ -38,13 +41,15 @@ def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks
         options | {"_partial_": True},
         default_root_dir=str(folder),
         logger=loggers,
-        callbacks=[RichProgressBar(leave=False), *callbacks, *signal_callbacks(cfg.trainer, folder)],
+        callbacks=[RichProgressBar(leave=False), KeepPace(), *callbacks, *signal_callbacks(cfg.trainer, folder)],
         plugins=[AtomicCheckpoints()],
         use_distributed_sampler=False,  # the DataModule distributes the episodes itself
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
     try:
+        patience = timedelta(seconds=cfg.trainer.timeout)
+        StrategyRegistry.register("ddp", PatientDDP, override=True, timeout=patience)
         return trainer()
     except (TypeError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 ABSENCE = 600  # seconds for which a training is reserved for its job that Slurm is going to restart
 MACHINE = {  # options of the trainer that do not affect the weights
     *("_target_", "accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
-    *("cache", "channels_last", "compile"),
+    *("cache", "channels_last", "compile", "timeout"),
 }
 PLACES = {"root", "splits"}  # paths of a dataset: only the content of its files affects the weights
 
