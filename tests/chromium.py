@@ -21,8 +21,8 @@ QUIET = (
 class Tab:
     """One tab; `requests` holds the addresses that it asked for, WebSockets too."""
 
-    def __init__(self, connection: ClientConnection) -> None:
-        self.connection, self.number, self.requests = connection, 0, []
+    def __init__(self, connection: ClientConnection, address: str) -> None:
+        self.connection, self.address, self.number, self.requests = connection, address, 0, []
         for domain in ("Page", "Network", "Runtime", "DOM"):
             self.send(f"{domain}.enable")
 
@@ -43,6 +43,14 @@ class Tab:
         if message.get("method") == "Network.webSocketCreated":
             self.requests.append(message["params"]["url"])
         return message
+
+    @contextmanager
+    def another(self) -> Iterator["Tab"]:
+        """A second tab of the same browser."""
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        address = f"{self.address.rpartition('/')[0]}/{target}"
+        with connect(address, max_size=None) as connection:
+            yield Tab(connection, address)
 
     def open(self, address: str) -> None:
         """Goes to an address and waits until it is loaded."""
@@ -110,8 +118,9 @@ def chromium(folder: Path, width: int = 1280, height: int = 1000) -> Iterator[Ta
                 time.sleep(0.1)
             with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json") as answer:
                 pages = [page for page in json.load(answer) if page["type"] == "page"]
-            with connect(pages[0]["webSocketDebuggerUrl"], max_size=None) as connection:
-                tab = Tab(connection)
+            address = pages[0]["webSocketDebuggerUrl"]
+            with connect(address, max_size=None) as connection:
+                tab = Tab(connection, address)
                 tab.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder / "downloads"))
                 yield tab
         finally:

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import webbrowser
@@ -26,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pmnet.errors import PMNetError, SettingError
 from pmnet.segment.presence import PRESENT
 from pmnet.segment.segmenter import Segmenter
-from pmnet.segment.session import MAX_FILES, Example, Photo, Session, Stroke, jpeg, tinted
+from pmnet.segment.session import MAX_FILES, Category, Example, Photo, Session, Stroke, colour, jpeg, tinted
 
 T = TypeVar("T")
 MEGABYTE = 1_000_000
@@ -44,24 +43,33 @@ STYLE = """
   .paint { position: relative; line-height: 0; border-radius: 6px; overflow: hidden; }
   .paint img { width: 100%; }
   .paint canvas { position: absolute; inset: 0; width: 100%; height: 100%; opacity: 0.55; touch-action: none; }
+  .dot { width: 14px; height: 14px; border-radius: 50%; flex: none; }
   .found { width: 100%; border-radius: 6px; cursor: zoom-in; }
 """
 
 
 class Paint(Element, component="paint.js"):
-    """An example's photo, to paint its mask on."""
+    """An example's photo, to paint its mask on.
 
-    def __init__(self, example: Example, tool: str, size: float) -> None:
+    Args:
+        example: it.
+        tint: red, green and blue of the mask, 0..255.
+        tool: see `Stroke`.
+        size: see `Stroke`.
+    """
+
+    def __init__(self, example: Example, tint: tuple[int, int, int], tool: str, size: float) -> None:
         super().__init__()
-        self.example = example
+        self.example, self.tint = example, tint
         width, height = example.preview.size
         self._props.update(photo=jpeg(example.preview), width=width, height=height, tool=tool, size=size)
+        self._props["colour"] = css(tint)
         self.show()
 
     def show(self) -> None:
         """Draws the mask of the example."""
         base = self.example.base
-        self._props["base"] = "" if base is None else tinted(base, self.example.preview.size)
+        self._props["base"] = "" if base is None else tinted(base, self.example.preview.size, self.tint)
         self._props["strokes"] = list(self.example.strokes)
         self.update()
 
@@ -77,6 +85,7 @@ class Page:
         self.session = session
         self.paints: list[Paint] = []
         self.cards: list[PhotoCard] = []
+        self.busy = False
         ui.add_css(STYLE)
         with ui.row().classes("w-full items-baseline"):
             ui.label("Segment by example").classes("text-2xl font-medium")
@@ -88,7 +97,7 @@ class Page:
                 self.build_examples()
             with ui.column().classes("w-full gap-3"):
                 self.build_photos()
-        self.list_examples()
+        self.list_classes()
         self.list_photos()
 
     # Layout
@@ -100,8 +109,6 @@ class Page:
             "Drop one or a few photos and paint the object in each. If you have masks, drop them too: NAME.png or "
             "NAME_mask.png belongs to NAME.jpg.",
         )
-        self.drop("Example photos", self.drop_examples).mark("examples")
-        ui.input("Name of the object", on_change=self.rename).bind_value(self.session, "name").classes("w-full")
         with ui.row().classes("w-full items-center gap-4 no-wrap") as self.tools:
             choices = {"brush": "Brush", "outline": "Outline", "erase": "Erase"}
             self.tool = ui.toggle(choices, value="brush", on_change=self.choose).props(
@@ -109,7 +116,9 @@ class Page:
             )
             self.size = ui.slider(min=0.01, max=0.2, step=0.005, value=0.05, on_change=self.choose)
             self.size.tooltip("Width of the brush")
-        self.examples = ui.column().classes("w-full gap-4")
+        self.classes = ui.column().classes("w-full gap-6")
+        add = ui.button("Another class", icon="add", on_click=self.add_class).props("no-caps flat padding='4px 8px'")
+        add.tooltip("To find several kinds of objects at once, each in its colour")
 
     def build_photos(self) -> None:
         heading(
@@ -127,12 +136,13 @@ class Page:
                 self.threshold.classes("grow")
                 label.bind_text_from(self.threshold, "value", lambda value: f"Threshold {value:.2f}")
             self.absent = ui.switch("Show masks where it seems absent too", on_change=self.redraw)
-        hint = ui.label("The examples changed: press Segment.").classes("text-primary")
-        hint.bind_visibility_from(self.session, "changed")
+        self.hint = ui.label("The examples changed: press Segment.").classes("text-primary")
         with ui.row().classes("items-center gap-3"):
             ui.label("Save")
             save = ui.button("Masks (.zip)", icon="download", on_click=self.save_masks).props("no-caps outline")
-            save.tooltip("One PNG for each photo, at the photo's size: 0 = none, 1 = object")
+            save.tooltip(
+                "One PNG for each photo, at the photo's size: 0 = none, 1 = the first class, 2 = the second, ..."
+            )
             save = ui.button("Class file", icon="download", on_click=self.save_class).props("no-caps outline")
             save.tooltip("The method and your examples in one file, for Segmenter.load and pmnet segment --classes")
         self.photos = ui.grid().classes("w-full grid-cols-1 sm:grid-cols-2 xl:grid-cols-3 gap-4")
@@ -146,38 +156,48 @@ class Page:
         ).props("flat")  # fmt: skip
 
     async def stored(self, event: events.MultiUploadEventArguments) -> list[tuple[str, Path]]:
-        """Writes uploads into the session's folder. Returns the name and the place of each."""
+        """Writes uploads into the session's folder. Returns the name and the place of each.
+
+        Raises:
+            SettingError: a file is too large; the browser asks for permission first, other programs may not.
+        """
+        for file in event.files:
+            if file.size() > MAX_BYTES:
+                raise SettingError(f"{file.name} has more than {MAX_BYTES // MEGABYTE} MB: reduce it.")
         files = [(file, self.session.place()) for file in event.files]
         for file, path in files:
             await file.save(path)
         return [(file.name, path) for file, path in files]
 
-    # Examples
+    # Classes and their examples
 
-    async def drop_examples(self, event: events.MultiUploadEventArguments) -> None:
-        with told():
-            await aside(self.session.add_examples, await self.stored(event))
-        event.sender.run_method("reset")
-        self.list_examples()
+    def list_classes(self) -> None:
+        self.classes.clear()
+        self.paints = []
+        with self.classes:
+            for number, category in enumerate(self.session.categories, start=1):
+                self.class_card(number, category)
+        self.tools.set_visibility(bool(self.paints))
+        self.show_changed()
 
-    async def drop_mask(self, event: events.MultiUploadEventArguments, paint: Paint) -> None:
-        with told():
-            for name, path in await self.stored(event):
-                await aside(self.session.add_mask, paint.example, name, path)
-        event.sender.run_method("reset")
-        paint.show()
+    def class_card(self, number: int, category: Category) -> None:
+        several = len(self.session.categories) > 1
+        with ui.column().classes("w-full gap-3"):
+            with ui.row().classes("w-full items-center gap-2 no-wrap"):
+                ui.element("span").classes("dot").style(f"background: {css(colour(number))}")
+                name = ui.input("Name of the object", value=category.name).classes("grow")
+                name.on_value_change(lambda event: self.rename(category, event.value))
+                if several:
+                    small_button("Remove", lambda: self.remove_class(category), "Remove this class")
+            self.drop("Example photos", lambda event: self.drop_examples(event, category)).mark("examples")
+            for example in category.examples:
+                self.paints.append(self.example_card(example, category, colour(number)))
+            if category.given and not category.examples:
+                ui.label("From the class file. Examples take its place.").classes("opacity-70")
 
-    def list_examples(self) -> None:
-        self.examples.clear()
-        self.tools.set_visibility(bool(self.session.examples))
-        with self.examples:
-            self.paints = [self.example_card(example) for example in self.session.examples]
-            if not self.session.examples and self.session.ready:
-                ui.label(f"'{self.session.name}' comes from the class file. Examples take its place.")
-
-    def example_card(self, example: Example) -> Paint:
+    def example_card(self, example: Example, category: Category, tint: tuple[int, int, int]) -> Paint:
         with ui.column().classes("w-full gap-1"):
-            paint = Paint(example, self.tool.value, self.size.value)
+            paint = Paint(example, tint, self.tool.value, self.size.value)
             paint.on("stroke", lambda event: self.painted(paint, event.args)).classes("w-full")
             with ui.row().classes("w-full items-center gap-1 no-wrap"):
                 ui.label(example.name).classes("grow truncate opacity-70")
@@ -188,32 +208,65 @@ class Page:
                 small_button("Mask file", lambda: file.run_method("pickFiles"), "Take the mask from a file")
                 small_button("Undo", lambda: self.undo(paint, 1))
                 small_button("Clear", lambda: self.undo(paint, len(example.strokes), True))
-                small_button("Remove", lambda: self.remove_example(example))
+                small_button("Remove", lambda: self.remove_example(category, example))
         return paint
+
+    def add_class(self) -> None:
+        self.session.add_category()
+        self.list_classes()
+
+    async def remove_class(self, category: Category) -> None:
+        self.session.remove_category(category)
+        self.list_classes()
+        await self.redraw()
+
+    def rename(self, category: Category, name: str | None) -> None:
+        category.name = name or ""
+        for card in self.cards:
+            card.describe()
+
+    async def drop_examples(self, event: events.MultiUploadEventArguments, category: Category) -> None:
+        with told():
+            await aside(self.session.add_examples, category, await self.stored(event))
+        event.sender.run_method("reset")
+        self.list_classes()
+
+    async def drop_mask(self, event: events.MultiUploadEventArguments, paint: Paint) -> None:
+        with told():
+            for name, path in await self.stored(event):
+                await aside(self.session.add_mask, paint.example, name, path)
+        event.sender.run_method("reset")
+        self.show_changed()
+        paint.show()
 
     def painted(self, paint: Paint, stroke: Stroke) -> None:
         paint.example.strokes.append(stroke)
-        self.session.changed = True
+        self.touched()
         paint.show()
 
     def undo(self, paint: Paint, count: int, base: bool = False) -> None:
         """Takes back the last strokes, and the uploaded mask too if `base`."""
         del paint.example.strokes[len(paint.example.strokes) - count :]
         paint.example.base = None if base else paint.example.base
-        self.session.changed = True
+        self.touched()
         paint.show()
 
-    def remove_example(self, example: Example) -> None:
-        self.session.examples.remove(example)
+    def remove_example(self, category: Category, example: Example) -> None:
+        category.examples.remove(example)
+        self.touched()
+        self.list_classes()
+
+    def touched(self) -> None:
+        """The examples changed."""
         self.session.changed = True
-        self.list_examples()
+        self.show_changed()
+
+    def show_changed(self) -> None:
+        self.hint.set_visibility(self.session.changed and bool(self.session.photos))
 
     def choose(self) -> None:
         for paint in self.paints:
             paint.props["tool"], paint.props["size"] = self.tool.value, self.size.value
-
-    def rename(self) -> None:
-        self.session.changed = self.session.changed or bool(self.session.examples)
 
     # Photos
 
@@ -222,6 +275,7 @@ class Page:
             await aside(self.session.add_photos, await self.stored(event))
         event.sender.run_method("reset")
         self.list_photos()
+        self.show_changed()
         if self.session.ready:
             await self.segment()
 
@@ -232,17 +286,23 @@ class Page:
 
     async def segment(self) -> None:
         """Shows the examples to the method if they changed, and segments the photos that need it."""
+        if self.busy:
+            return  # whatever runs takes new photos too
+        self.busy = True
         self.button.props("loading")
         try:
             with told():
                 if not self.session.ready:
                     await aside(self.session.fit)
+                    self.show_changed()
+                    await self.redraw()
                 if not self.cards:
                     ui.notify("Ready: now drop photos to segment.")
-                while card := next((card for card in self.cards if card.photo.score is None), None):
+                while self.session.ready and (card := next((c for c in self.cards if not c.photo.pieces), None)):
                     await aside(self.session.segment, card.photo)
                     await card.draw()
         finally:
+            self.busy = False
             self.button.props(remove="loading")
 
     async def redraw(self) -> None:
@@ -277,29 +337,43 @@ class PhotoCard:
             with ui.row().classes("w-full items-center gap-1 no-wrap"):
                 ui.label(photo.name).classes("grow truncate opacity-70")
                 small_button("Remove", self.remove)
-            with ui.label() as self.found:
+            with ui.label().classes("whitespace-pre-line") as self.found:
                 self.facts = ui.tooltip("")
         self.show(*self.drawn())
 
     async def draw(self) -> None:
         self.show(*await aside(self.drawn))
 
-    def drawn(self) -> tuple[str, float]:
-        image, share = self.photo.overlay(*self.page.setting)
-        return jpeg(image), share
+    def drawn(self) -> tuple[str, list[float]]:
+        image, shares = self.photo.overlay(*self.page.setting)
+        return jpeg(image), shares
 
-    def show(self, picture: str, share: float) -> None:
+    def show(self, picture: str, shares: list[float]) -> None:
         self.picture.props["src"] = picture
-        if self.photo.score is None:
-            self.found.text = "not segmented yet"
-            return
-        absent, found = self.photo.presence < PRESENT, f"{share:.1%} of the photo"
-        self.found.text = (
-            found if not absent else f"seems absent; {found}" if self.page.absent.value else "seems absent"
-        )
+        self.shares = shares
+        self.describe()
+
+    def describe(self) -> None:
+        """Writes what was found, below the photo."""
+        names = [category.name for category in self.page.session.categories]
+        presences = self.photo.presences
+        found = [
+            self.says(share, presence) if len(names) == 1 else f"{name}: {self.says(share, presence)}"
+            for name, share, presence in zip(names, self.shares, presences, strict=False)  # a class may be new
+        ]
+        self.found.text = "\n".join(found) or "not segmented yet"
+        presence = ", ".join(f"{value:.2f}" for value in presences)
         self.facts.text = (
-            f"{self.photo.name}: presence {self.photo.presence:.2f}, segmented in {self.photo.seconds:.2f} s"
+            f"{self.photo.name}: presence {presence}, segmented in {self.photo.seconds:.2f} s"
+            if presences
+            else self.photo.name
         )
+
+    def says(self, share: float, presence: float) -> str:
+        found = f"{share:.1%} of the photo"
+        if presence >= PRESENT:
+            return found
+        return f"seems absent, {found}" if self.page.absent.value else "seems absent"
 
     async def enlarge(self) -> None:
         picture = jpeg(await aside(self.photo.large, *self.page.setting))
@@ -320,6 +394,11 @@ def heading(number: int, title: str, text: str) -> None:
             ui.label(f"{number}")
         ui.label(title).classes("text-lg font-medium")
     ui.label(text).classes("opacity-70")
+
+
+def css(tint: tuple[int, int, int]) -> str:
+    """A colour as style sheets write it."""
+    return f"rgb{tint}"
 
 
 def small_button(text: str, handler: events.Handler[events.ClickEventArguments], tooltip: str = "") -> None:
@@ -383,7 +462,7 @@ class Guard:
 
 
 def serve(segmenter: Segmenter, host: str, port: int, browser: bool) -> None:
-    """Serves the page until SIGINT or SIGTERM.
+    """Serves the page until SIGINT or SIGTERM, and ends the process.
 
     Args:
         segmenter: its method serves all tabs.
@@ -395,6 +474,8 @@ def serve(segmenter: Segmenter, host: str, port: int, browser: bool) -> None:
         SettingError: the address cannot be used.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):  # the terminal was closed
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     lock = threading.Lock()
     try:
         with TemporaryDirectory(prefix="pmnet-") as folder, listening(host, port) as listener:
@@ -402,7 +483,7 @@ def serve(segmenter: Segmenter, host: str, port: int, browser: bool) -> None:
             server = uvicorn.Server(
                 uvicorn.Config(
                     application(segmenter, Path(folder), lock, () if host not in LOOPBACK else LOOPBACK),
-                    log_level="warning", ws="wsproto", timeout_graceful_shutdown=2,
+                    log_level="warning", ws="wsproto", timeout_graceful_shutdown=1,
                 )
             )  # fmt: skip
             name = f"[{host}]" if ":" in host else host
@@ -416,9 +497,7 @@ def serve(segmenter: Segmenter, host: str, port: int, browser: bool) -> None:
     finally:
         tempfile.tempdir = None
     print("The page is closed.", flush=True)
-    if lock.locked():  # a photo in work would keep the process until it is done
-        sys.stdout.flush()
-        os._exit(0)
+    os._exit(0)  # at once: a photo in work would keep the process until it is done
 
 
 def application(segmenter: Segmenter, folder: Path, lock: threading.Lock, hosts: tuple[str, ...]) -> FastAPI:

@@ -14,6 +14,7 @@ export default {
     strokes: Array, // of {tool, size, points}, in shares of the width and the height
     tool: String, // brush, erase, or outline
     size: Number, // of the brush, as a share of the width
+    colour: String, // of the mask
   },
   data: () => ({ current: null, pending: [], below: null }),
   computed: {
@@ -33,6 +34,9 @@ export default {
     },
     base() {
       this.load();
+    },
+    colour() {
+      this.draw();
     },
   },
   mounted() {
@@ -78,7 +82,7 @@ export default {
       if (!pen) return;
       pen.clearRect(0, 0, this.width, this.height);
       pen.lineCap = pen.lineJoin = "round";
-      pen.fillStyle = pen.strokeStyle = "rgb(255, 40, 40)";
+      pen.fillStyle = pen.strokeStyle = this.colour;
       if (this.below) pen.drawImage(this.below, 0, 0, this.width, this.height);
       for (const stroke of [...this.strokes, ...this.pending, ...(this.current ? [this.current] : [])]) {
         pen.globalCompositeOperation = stroke.tool === "erase" ? "destination-out" : "source-over";

@@ -11,7 +11,9 @@ HELP = "open a page to segment photos in the browser"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head", help="a run's folder, a checkpoint, a .safetensors file, nearest or prototype")
+    parser.add_argument(
+        "--head", help="a run's folder, a checkpoint, a .safetensors file, a class file, nearest or prototype"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s; 0 takes any free one)")
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
@@ -29,10 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
     from pmnet.segment.segmenter import Segmenter
 
     segmenter = Segmenter.load(arguments.head or DEFAULT, arguments.device)
-    if len(segmenter.classes) > 1:
-        raise SettingError(
-            f"{arguments.head} holds {len(segmenter.classes)} classes, the page shows one: use pmnet segment --classes."
-        )
     if arguments.host not in LOOPBACK:
         print(f"Warning: everybody who reaches {arguments.host} can use this page and send it files.", file=sys.stderr)
     serve(segmenter, arguments.host, arguments.port, not arguments.no_browser)
