@@ -8,8 +8,10 @@ the exit code; heavy imports stand in `run`.
 """
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"pmnet {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     info = commands.add_parser("info", help="show what a checkpoint or a file of weights holds")
-    info.add_argument("file", type=Path, help=".ckpt, .pth or .safetensors")
+    info.add_argument("file", help="a .ckpt, .pth or .safetensors file, a run's folder, or the name of a shipped head")
     info.set_defaults(run=show)
     for name in COMMANDS:
         module = import_module(f"pmnet.segment.commands.{name}")
@@ -35,9 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
     try:
-        sys.exit(args.run(args))
+        code = args.run(args)
+        sys.stdout.flush()
+        sys.exit(code)
     except PMNetError as error:
         print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # nobody reads the output any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # a full disk, a read-only folder, a limit of the machine
         print(f"Error: {error}. Check free space and permissions, then run the command again.", file=sys.stderr)
@@ -52,29 +59,66 @@ def show(args: argparse.Namespace) -> None:
         print(f"{name:<12} {value}")
 
 
-def described(path: Path) -> dict[str, Any]:
+def described(source: str | Path) -> dict[str, Any]:
     """Facts about a file, by name. Reads tensors and plain values only.
 
+    Args:
+        source: a file of weights, a class file, a checkpoint, the folder of a run, or the name of a shipped head.
+
     Raises:
-        WeightsError: there is no such file, or it cannot be read.
+        SettingError: there is no such file, folder or name.
+        WeightsError: the file cannot be read.
     """
     from pmnet.files import file_hash, read_file  # imports torch, which takes seconds
+    from pmnet.segment.recipe import located
 
+    path = located(source)
     content, metadata = read_file(path)
     state = content.get("state_dict", content)
-    tensors = {name: value for name, value in state.items() if hasattr(value, "numel")}
-    backbone, record = content.get("backbone"), content.get("record") or {}
+    tensors = {name: value for name, value in mapping(state).items() if hasattr(value, "numel")}
+    recipe = mapping(content.get("recipe")) or parsed(metadata.get("pmnet"))
+    learned = {name: value for name, value in tensors.items() if not name.startswith("class.")}  # not photos
+    model, needs = mapping(recipe.get("model")), mapping(content.get("backbone")) or mapping(recipe.get("needs"))
+    record = mapping(content.get("record")) or mapping(recipe.get("training")) or parsed(metadata.get("trained_on"))
+    trained = record.get("base_classes") or record.get("classes") or []
+    epoch = content.get("epoch")
     facts = {
         "file": path,
         "sha256": file_hash(path),
-        "tensors": len(tensors),
-        "values": f"{sum(value.numel() for value in tensors.values()):,}",
-        "metadata": metadata,
+        "tensors": len(learned),
+        "values": f"{sum(value.numel() for value in learned.values()):,}",
+        "method": model.get("_target_"),
+        "options": ", ".join(f"{name}={value}" for name, value in model.items() if name != "_target_"),
+        "backbone": needs and f"{needs.get('backbone')}, weights {needs.get('weights')} ({needs.get('source')})",
+        "its sha256": needs.get("sha256"),
+        "image size": " x ".join(map(str, recipe.get("image_size") or [])),
+        "trained on": record and f"{record.get('dataset')}, {len(trained)} classes: {', '.join(map(str, trained))}",
+        "epochs": epoch + 1 if isinstance(epoch, int) else record.get("epochs"),
+        "licence": recipe.get("licence"),
+        "classes": ", ".join(classes_of(recipe, tensors)),
+        "metadata": {name: text for name, text in metadata.items() if name not in ("pmnet", "trained_on", "format")},
     }
-    if isinstance(backbone, dict) and "sha256" in backbone:
-        facts["backbone"] = f"{backbone['backbone']}, weights {backbone['weights']} ({backbone['source']})"
-    if record:
-        facts["trained on"] = f"{record['dataset']}, {len(record['base_classes'])} classes"
-        facts["classes"] = ", ".join(record["base_classes"])
-        facts["epochs"] = content["epoch"] + 1
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def classes_of(recipe: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    """The classes of a class file, each with its number of examples."""
+    found = []
+    for number, each in enumerate(recipe.get("classes") or []):
+        masks = tensors.get(f"class.{number}.masks", [])
+        count = sum(bool((mask != 0).any()) for mask in masks)
+        found.append(f"{mapping(each).get('name')} ({count} example{'s' * (count != 1)})")
+    return found
+
+
+def parsed(text: str | None) -> dict[str, Any]:
+    """A JSON object; empty if the text is none."""
+    try:
+        return mapping(json.loads(text or "{}"))
+    except ValueError:
+        return {}
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a dictionary, else an empty one."""
+    return value if isinstance(value, dict) else {}

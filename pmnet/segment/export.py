@@ -7,8 +7,11 @@ Pixels are uint8, 0..255, masks uint8, 0 or 1. K and B may vary; so may the side
 does not allow it.
 """
 
+import io
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from pmnet.errors import CheckpointError, SettingError
-from pmnet.methods import Method
+from pmnet.methods import Head, Method
 from pmnet.methods.base import resize, size_of
 from pmnet.methods.pmnet import PMNetHead, decoder
 from pmnet.methods.pmnet.affinity import Affinity
@@ -34,6 +37,7 @@ from pmnet.segment.recipe import Built
 OPSET = 20  # of ONNX
 MULTIPLE = 32  # of the sides; strides of all backbones divide it
 TOLERANCE = 1e-4  # of the largest logit
+EXPORTED = ("pmnet", "nearest", "prototype", "panet", "pfenet", "ntrenet", "pmms", "rpmms", "ssp")  # for messages
 
 
 class See(nn.Module):
@@ -101,20 +105,39 @@ def graphs(built: Built, dynamic: bool = True) -> Graphs:
         dynamic: let the sides vary if the method allows it; otherwise they are those of the recipe.
 
     Raises:
-        SettingError: the method cannot be traced.
+        SettingError: the method cannot be traced, or its masks do not follow from logits.
     """
-    height, width = built.recipe["image_size"]
+    method, (height, width) = built.method.cpu().eval(), built.recipe["image_size"]
+    if type(method.head).mask is not Head.mask:
+        raise refusal(method, "each shot votes, so that its mask does not follow from one graph's logits")
     why: Exception | None = None
     for size in (None, (height, width)) if dynamic else ((height, width),):
         try:
-            return traced(built.method.cpu().eval(), size)
+            with quiet():
+                return traced(method, size)
         except Exception as error:  # torch.export raises errors of many kinds
             why = error
     reason = (str(why).strip() or type(why).__name__).splitlines()[0]
-    raise SettingError(
-        f"{type(built.method).__name__} cannot be exported as a graph, because its steps depend on the values of "
-        f"images or masks ({reason[:200]}). Use --format safetensors, or another method, such as pmnet or nearest."
-    ) from why
+    raise refusal(method, f"torch.export cannot follow its steps: {reason[:200]}") from why
+
+
+def refusal(method: Method, reason: str) -> SettingError:
+    return SettingError(
+        f"{type(method).__name__} cannot be exported as a graph ({reason}). Use --format safetensors, or a method that "
+        f"can be: {', '.join(EXPORTED)}."
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, torch warns of nothing, and where it fails does not print the graph, which has thousands of lines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def traced(method: Method, size: tuple[int, int] | None) -> Graphs:
@@ -217,7 +240,8 @@ def write_torch(found: Graphs, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "see.pt2", folder / "segment.pt2"]
     for program, path in zip((found.see, found.segment), paths, strict=True):
-        torch.export.save(program, path)
+        with quiet():
+            torch.export.save(program, path)
     return paths
 
 
@@ -235,7 +259,8 @@ def write_onnx(found: Graphs, folder: Path) -> list[Path]:
     paths = []
     for name, (program, inputs, outputs) in named.items():
         try:
-            written = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+            with quiet():
+                written = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
         except ImportError as error:
             raise SettingError("ONNX needs more packages: pip install 'pmnet[export]'.") from error
         except torch.onnx.errors.OnnxExporterError as error:

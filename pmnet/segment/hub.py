@@ -6,6 +6,7 @@ segmenter.push_to_hub("name/repository")
 """
 
 import json
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -98,18 +99,18 @@ def weights_of(source: str | Path, revision: str | None, download: bool) -> Path
 
 
 def built_with_facts(source: str | Path, licence: str | None = None) -> Built:
-    """Builds a method; its recipe says what it was trained on ("trained_on") and its licence ("license"), if known.
+    """Builds a method; its recipe says what it was trained on ("training") and its licence ("licence"), if known.
 
     Args:
         source: see `recipe.build`; a class file gives its method.
         licence: overrides that of the file.
     """
     built = classfile.read(Path(source))[0] if classfile.is_one(source) else build(source)
-    facts: dict[str, Any] = {"license": licence} if licence else {}
+    facts: dict[str, Any] = {"licence": licence} if licence else {}
     if str(source) not in FLOORS and (path := located(source)).suffix != ".safetensors":
         record = read_file(path)[0].get("record") or {}
         kept = {name: record[name] for name in ("dataset", "task", "fold", "splits", "base_classes") if name in record}
-        facts |= {"trained_on": kept} if kept else {}
+        facts |= {"training": kept} if kept else {}
     return Built(built.method, built.recipe | facts)
 
 
@@ -130,7 +131,7 @@ def write(built: Built, folder: Path) -> None:
     tensors = {name: state[name].cpu().contiguous() for name in sorted(built.method.saved())}
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{WEIGHTS}.part"
-    safetensors.torch.save_file(tensors, part, {"pmnet": json.dumps(recipe)})
+    part.write_bytes(safetensors.torch.save(tensors, {"pmnet": json.dumps(recipe)}))  # save_file hides it from others
     part.replace(folder / WEIGHTS)
     (folder / CARD).write_text(card(recipe, sum(tensor.numel() for tensor in tensors.values())), encoding="utf-8")
 
@@ -143,8 +144,8 @@ def card(recipe: Mapping[str, Any], values: int) -> str:
         values: number of values in its tensors.
     """
     front = ["library_name: pmnet", "pipeline_tag: image-segmentation", "tags: [few-shot-segmentation]"]
-    if recipe.get("license"):
-        front.append(f"license: {json.dumps(recipe['license'])}")
+    if recipe.get("licence"):
+        front.append(f"license: {identifier(recipe['licence'])}")
     needs, (height, width) = recipe["needs"], recipe["image_size"]
     options = {name: value for name, value in recipe["model"].items() if name != "_target_"}
     facts = {
@@ -153,8 +154,8 @@ def card(recipe: Mapping[str, Any], values: int) -> str:
         "backbone": f"{needs['backbone']}, weights {needs['weights']} ({needs['source']}), not in this file",
         "sha256 of the backbone's weights": needs["sha256"],
         "image size": f"{height} x {width}",
-        "trained on": trained_on(recipe.get("trained_on")),
-        "licence": recipe.get("license", "not stated"),
+        "trained on": trained_on(recipe.get("training")),
+        "licence": recipe.get("licence", "not stated"),
         "written by": f"pmnet {recipe['version']}",
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -165,6 +166,17 @@ def card(recipe: Mapping[str, Any], values: int) -> str:
         'segmenter = Segmenter.from_pretrained("owner/name", download=True)\n'
         'segmenter.fit([("cow1.jpg", "cow1_mask.png")])\nresult = segmenter.predict("field.jpg")\n```\n'
     )
+
+
+def identifier(licence: str) -> str:
+    """The hub's name of a licence, if the text begins with one.
+
+    Example:
+        >>> identifier("MIT. The training images are not in this file."), identifier("Ask us first.")
+        ('mit', 'other')
+    """
+    first = licence.split(". ")[0].removesuffix(".")
+    return first.lower() if re.fullmatch(r"[\w.-]+", first) else "other"
 
 
 def trained_on(record: Any) -> str:

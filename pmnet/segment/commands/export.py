@@ -1,6 +1,7 @@
 """Writes a method as ONNX or torch.export graphs, or its head as safetensors."""
 
 import argparse
+import sys
 from pathlib import Path
 
 HELP = "write a method as ONNX, torch.export or safetensors"
@@ -22,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         hub.write(built, arguments.out)
         print(f"Wrote {arguments.out / hub.WEIGHTS} and {arguments.out / hub.CARD}.")
         return 0
+    print("Tracing the graphs takes a minute or two.", file=sys.stderr, flush=True)
     graphs = export.graphs(built, dynamic=not arguments.fixed_sides)
     write = export.write_onnx if arguments.format == "onnx" else export.write_torch
     paths = write(graphs, arguments.out)

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from pmnet.backbones import Backbone
 from pmnet.cli import main
 from pmnet.errors import CheckpointError, SettingError, WeightsError
-from pmnet.methods import Method
+from pmnet.methods import Head, Method
 from pmnet.segment import export, hub
 from pmnet.segment.recipe import Built, build, made
 from pmnet.segment.segmenter import Segmenter
@@ -25,6 +27,7 @@ LITE = {"_target_": "pmnet.EfficientNetLiteBackbone", "weights": "imagenet"}
 RESNET50 = {"_target_": "pmnet.ResNetBackbone", "name": "resnet50", "weights": "none"}
 PMNET = {"_target_": "pmnet.PMNet"}
 GROUPS = {"_target_": "pmnet.PMNet", "norm": "group", "linear_heads": True}
+SHIPPED = {"_target_": "pmnet.PMNet", "evidence": ["prototype", "nearest"]}
 NEAREST = {"_target_": "pmnet.Nearest"}
 SHAPES = [(1, 1, (64, 64), (64, 64)), (5, 2, (64, 96), (128, 64)), (2, 1, (96, 64), (64, 160))]
 
@@ -70,8 +73,8 @@ def sessions(folder: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model, backbone",
-    [(PMNET, RESNET50), (PMNET, LITE), (GROUPS, SMALL), (NEAREST, LITE)],
-    ids=["pmnet-resnet50", "pmnet-lite", "dam-small", "nearest-lite"],
+    [(PMNET, RESNET50), (PMNET, LITE), (GROUPS, SMALL), (NEAREST, LITE), (SHIPPED, LITE)],
+    ids=["pmnet-resnet50", "pmnet-lite", "dam-small", "nearest-lite", "shipped-lite"],
 )
 def test_onnx_graphs_compute_the_logits_of_the_method(model: dict, backbone: dict, tmp_path: Path) -> None:
     built = random(model, backbone)
@@ -111,9 +114,31 @@ def test_plain_pmnet_computes_what_pmnet_does() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_method_whose_steps_depend_on_values_is_refused_in_one_message() -> None:
-    with pytest.raises(SettingError, match="HSNet cannot be exported as a graph"):
-        export.graphs(random({"_target_": "pmnet.methods.hsnet.HSNet"}, SMALL), dynamic=False)
+class PickyHead(Head):
+    def segment(self, query_feats, seen, size):
+        value = query_feats["layer4"][-1].mean()
+        return torch.full((1, 2, *size), 1.0) if value > 0 else torch.zeros(1, 2, *size)
+
+
+class Picky(Method):
+    query_reads = support_reads = {"layer4": "last"}
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone, PickyHead())
+
+
+def test_methods_that_cannot_be_exported_are_one_message(capfd: pytest.CaptureFixture[str]) -> None:
+    votes = random({"_target_": "pmnet.methods.hsnet.HSNet"}, SMALL)
+    with pytest.raises(SettingError, match=r"HSNet cannot be exported as a graph \(each shot votes.* pmnet, nearest,"):
+        export.graphs(votes, dynamic=False)
+    picky = Picky(votes.method.backbone).eval()
+    capfd.readouterr()
+    with pytest.raises(
+        SettingError,
+        match=r"Picky cannot be exported as a graph .*torch.export cannot follow its steps: .* pmnet, nearest,",
+    ):
+        export.graphs(Built(picky, votes.recipe), dynamic=False)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow
@@ -153,7 +178,7 @@ def test_example_segments_without_torch(tmp_path: Path) -> None:
 
 def test_safetensors_file_is_the_head_and_says_how_it_is_built(tmp_path: Path) -> None:
     built = random(PMNET, SMALL)
-    facts = {"trained_on": {"dataset": "shapes", "base_classes": ["gear", "star"]}, "license": "mit"}
+    facts = {"training": {"dataset": "shapes", "base_classes": ["gear", "star"]}, "licence": "mit"}
     hub.write(Built(built.method, built.recipe | facts), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.safetensors"]
     with safetensors.safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -161,11 +186,43 @@ def test_safetensors_file_is_the_head_and_says_how_it_is_built(tmp_path: Path) -
         assert not [name for name in file.keys() if name.startswith("backbone.")]  # noqa: SIM118
         recipe = json.loads(file.metadata()["pmnet"])
     assert recipe["needs"]["sha256"] == built.method.backbone.provenance.sha256
-    assert recipe["trained_on"] == facts["trained_on"]
+    assert recipe["training"] == facts["training"]
+    new = tmp_path / "new"
+    new.touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == new.stat().st_mode  # others may read it as usual
     again = build(tmp_path / "model.safetensors")
     for name, tensor in built.method.state_dict().items():
         assert torch.equal(again.method.state_dict()[name], tensor), name
-    assert hub.built_with_facts(tmp_path / "model.safetensors").recipe["license"] == "mit"
+    assert hub.built_with_facts(tmp_path / "model.safetensors").recipe["licence"] == "mit"
+
+
+def test_card_of_the_shipped_head(tmp_path: Path) -> None:
+    """What the file says of its training and licence is on the card, and stays in the file."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", "pmnet_lite", "--out", str(tmp_path), "--format", "safetensors"])
+    card = (tmp_path / "README.md").read_text()
+    assert "license: mit\n" in card
+    assert "not stated" not in card
+    assert "voc/cow" in card
+    first, second = (build(source).recipe for source in ("pmnet_lite", tmp_path / "model.safetensors"))
+    assert second["training"] == first["training"]
+    assert second["licence"] == first["licence"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml")))
+def test_head_of_every_method_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        config = compose("config", [f"model={name}", "backbone.weights=none"])
+    model, backbone = (OmegaConf.to_container(config[group], resolve=True) for group in ("model", "backbone"))
+    torch.manual_seed(0)
+    method = made(model, Method, made(backbone, Backbone)).eval()
+    recipe = {"model": model, "backbone": backbone, "image_size": [64, 96], "name": name}
+    hub.write(Built(method, recipe | {"needs": method.backbone.provenance.as_dict()}), tmp_path)
+    segmenter = Segmenter.load(tmp_path / "model.safetensors", device="cpu")
+    assert type(segmenter.method) is type(method)
+    for key, tensor in method.state_dict().items():
+        assert torch.equal(segmenter.method.state_dict()[key], tensor), key
 
 
 def test_checkpoint_of_a_run_says_what_it_was_trained_on(tmp_path: Path) -> None:
@@ -183,7 +240,7 @@ def test_checkpoint_of_a_run_says_what_it_was_trained_on(tmp_path: Path) -> None
     with pytest.raises(SystemExit, match="0"):
         main(["export", str(tmp_path / "run"), "--out", str(out), "--format", "safetensors", "--license", "mit"])
     card = (out / "README.md").read_text()
-    for fact in ("# run", "shapes; fold 2; classes: gear", 'license: "mit"', built.recipe["needs"]["sha256"]):
+    for fact in ("# run", "shapes; fold 2; classes: gear", "license: mit", built.recipe["needs"]["sha256"]):
         assert fact in card, fact
 
 
