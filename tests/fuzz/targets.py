@@ -269,7 +269,7 @@ TARGETS: dict[str, Target] = {
     "mask, PASCAL": Target(read_pascal_mask, seeds.masks, wrap=(bytes, right_checksums)),
     "mask, SUIM": Target(read_suim_mask, seeds.masks, wrap=(bytes, right_checksums)),
     "labelme json": Target(
-        partial(read_own, "a.json", photos), values=lambda: seeds.own_annotations()["labelme"], share=3
+        partial(read_own, "c.json", photos), values=lambda: seeds.own_annotations()["labelme"], share=3
     ),
     "COCO json, own images": Target(
         partial(read_own, "instances.json", photos), values=lambda: seeds.own_annotations()["coco"], share=3
