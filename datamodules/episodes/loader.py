@@ -1,7 +1,9 @@
 """DataLoaders for long trainings: they resume in the middle of an epoch and work with signals and process groups."""
 
+import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,10 +85,18 @@ def collate(episodes: list[Episode]) -> Episode:
     return batch
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Initialises a worker so that it ignores SIGTERM.
+def start_worker(worker: int) -> None:
+    """Initialises a worker: it ignores SIGTERM, and its errors are not shown once the main process is gone.
 
     A cluster sends SIGTERM to every process of a job. The workers must keep reading images until the main process has
-    saved its checkpoint.
+    saved its checkpoint. If the main process is killed, they end at their next word to it, which is no error of theirs.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    main = os.getppid()
+
+    def show(*error: Any) -> None:
+        time.sleep(0.2)  # a process that is killed closes its connections before its children get another parent
+        if os.getppid() == main:
+            sys.__excepthook__(*error)
+
+    sys.excepthook = show

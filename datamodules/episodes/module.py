@@ -13,7 +13,7 @@ from datamodules.episodes.augment import Augment, named
 from datamodules.episodes.cache import ImageCache
 from datamodules.episodes.dataset import Episodes, FewShotDataset, Fold, Split
 from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
-from datamodules.episodes.loader import EpisodeLoader, TrainingLoader, check_shared_memory, collate, ignore_sigterm
+from datamodules.episodes.loader import EpisodeLoader, TrainingLoader, check_shared_memory, collate, start_worker
 from datamodules.episodes.sampler import EpochSampler, TrainingEpisodes, json_hash, list_hash
 from datamodules.episodes.tasks import check_pair, same_benchmark
 from datamodules.errors import DatasetError
@@ -385,7 +385,7 @@ class FewShotDataModule(L.LightningDataModule):
             sampler=sampler,
             num_workers=self.workers,
             collate_fn=collate,
-            worker_init_fn=ignore_sigterm,
+            worker_init_fn=start_worker,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=keep_workers and self.workers > 0,
         )

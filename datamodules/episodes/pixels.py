@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from datamodules.episodes.augment import Augment, augmented, seeded
 from datamodules.episodes.dataset import FewShotDataset, Fold
 from datamodules.episodes.episode import IGNORE
-from datamodules.episodes.loader import TrainingLoader, ignore_sigterm
+from datamodules.episodes.loader import TrainingLoader, start_worker
 from datamodules.episodes.module import FewShotDataModule
 from datamodules.episodes.sampler import EpochSampler, shuffled
 from datamodules.errors import DatasetError
@@ -215,6 +215,6 @@ def loader(
         batch_size=batch_size // processes,
         sampler=sampler,
         num_workers=workers,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=start_worker,
         persistent_workers=workers > 0,
     )

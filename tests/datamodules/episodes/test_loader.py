@@ -1,6 +1,9 @@
 """Workers that cannot deliver: said before the first batch, or an error in the main process, and never a hang."""
 
+import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +12,7 @@ import torch
 
 from datamodules.episodes.dataset import Episodes
 from datamodules.episodes.episode import Episode
-from datamodules.episodes.loader import EpisodeLoader, check_shared_memory, collate
+from datamodules.episodes.loader import EpisodeLoader, check_shared_memory, collate, start_worker
 from datamodules.errors import DatasetError
 from datamodules.own.synthetic import SyntheticDataset
 
@@ -55,3 +58,17 @@ def test_batches_of_workers_are_those_of_the_main_process() -> None:
         for (query, masks), batch in zip(batches, expected, strict=True):
             assert torch.equal(query, batch.query)
             assert torch.equal(masks, batch.support_masks)
+
+
+def test_worker_whose_main_process_is_gone_shows_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    start_worker(0)
+    error = EOFError("the connection ended")
+    sys.excepthook(EOFError, error, None)
+    assert "EOFError: the connection ended" in capsys.readouterr().err
+    monkeypatch.setattr(os, "getppid", lambda: 1_000_000)
+    sys.excepthook(EOFError, error, None)
+    assert capsys.readouterr().err == ""
