@@ -37,7 +37,7 @@ from pmnet.segment.recipe import Built
 OPSET = 20  # of ONNX
 MULTIPLE = 32  # of the sides; strides of all backbones divide it
 TOLERANCE = 1e-4  # of the largest logit
-EXPORTED = ("pmnet", "nearest", "prototype", "panet", "pfenet", "ntrenet", "pmms", "rpmms", "ssp")  # for messages
+EXPORTED = ("pmnet", "nearest", "prototype", "panet", "pfenet", "ntrenet", "pmms", "rpmms")  # for messages
 
 
 class See(nn.Module):
@@ -289,10 +289,17 @@ def compare(built: Built, found: Graphs, folder: Path) -> float:
 
     Raises:
         CheckpointError: it exceeds `TOLERANCE`.
+        SettingError: onnxruntime cannot run the files.
     """
     import onnxruntime
 
-    see, segment = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("see", "segment"))
+    try:
+        see, segment = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("see", "segment"))
+    except Exception as error:  # onnxruntime has one kind for each code
+        raise SettingError(
+            f"onnxruntime cannot run {folder}/*.onnx ({str(error).splitlines()[0]}). Use --format torch, or a method "
+            f"that can be exported: {', '.join(EXPORTED)}."
+        ) from error
     size = found.size or (2 * MULTIPLE, 3 * MULTIPLE)
     support, masks, query = example(size, shots=3, batch=1)
     with torch.no_grad():

@@ -307,3 +307,10 @@ def test_wrong_logits_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
     with pytest.raises(CheckpointError, match="differ from the method's"):
         export.compare(random(NEAREST, SMALL), export.Graphs(None, None, [], None), tmp_path)
+
+
+def test_files_that_onnxruntime_cannot_run_are_one_message(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "see.onnx").write_bytes(b"none")
+    with pytest.raises(SettingError, match=r"onnxruntime cannot run .* Use --format torch"):
+        export.compare(random(NEAREST, SMALL), export.Graphs(None, None, [], None), tmp_path)
