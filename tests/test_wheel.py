@@ -9,8 +9,10 @@ import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
 
 from tests.conftest import ROOT
 
@@ -47,8 +49,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def installed(folder: Path, archive: Path) -> Path:
-    """The Python of a clean environment that holds the archive and links to what it requires, nothing else."""
+def installed(folder: Path, archive: Path, extra: str = "") -> Path:
+    """The Python of a clean environment that holds the archive and links to what it requires, nothing else.
+
+    Args:
+        extra: whose requirements it holds too.
+    """
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", archive]
@@ -57,7 +63,7 @@ def installed(folder: Path, archive: Path) -> Path:
     found: dict[str, object] = {}
     for line in distribution("pmnet").requires or []:
         requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": name}) for name in ("", extra)):
             needed(requirement.name, found)
     for dist in found.values():
         for top in {file.parts[0] for file in dist.files or []} - {"..", "__pycache__"}:
@@ -83,8 +89,10 @@ def test_wheel_holds_the_library_alone(built: Path) -> None:
     names = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"pmnet"}
     assert {"pmnet/py.typed", "pmnet/weights/small_quickstart.safetensors"} <= set(names)
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pmnet").rglob("*.py")}
-    assert modules <= set(names)
+    own = {str(path.relative_to(ROOT)) for path in (ROOT / "pmnet").rglob("*") if path.is_file()}
+    own = {path for path in own if "__pycache__" not in path}
+    assert {"pmnet/cli.py", "pmnet/segment/paint.js", "pmnet/weights/pmnet_lite.safetensors"} <= own
+    assert own <= set(names)
 
 
 def test_library_segments_without_the_framework(python: Path) -> None:
@@ -103,6 +111,20 @@ def test_command_runs(python: Path) -> None:
     weights = next(python.parents[1].glob("lib/python*/site-packages/pmnet/weights/small_quickstart.safetensors"))
     done = subprocess.run([command, "info", weights], capture_output=True, text=True, check=False)
     assert re.search(r"values +907,", done.stdout) or re.search(r"tensors +\d+", done.stdout), done.stderr
+
+
+def test_command_segments_with_the_shipped_head(python: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (2, 90, 120, 3), np.uint8)
+    for name, pixels in zip(("shown/a.jpg", "photos/b.jpg"), noise, strict=True):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(pixels).save(tmp_path / name)
+    mask = np.zeros((90, 120), np.uint8)
+    mask[20:70, 30:90] = 255
+    Image.fromarray(mask).save(tmp_path / "shown/a.png")
+    arguments = "--support", tmp_path / "shown", "--images", tmp_path / "photos", "--out", tmp_path / "out"
+    done = run(python, "-m", "pmnet", "segment", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out/b.png").size == (120, 90)
 
 
 def test_import_loads_nothing_heavy(python: Path) -> None:
