@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from pmnet.errors import CheckpointError, WeightsError
+from pmnet.errors import CheckpointError, SettingError, WeightsError
 from pmnet.files import read_file
 from pmnet.segment.presence import Presence
 from pmnet.segment.recipe import Built, assembled
@@ -44,6 +44,12 @@ def described(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever a damaged file makes the reader raise
         raise WeightsError(f"{path} is not a readable file of weights: {error}") from error
     return recipe if isinstance(recipe, dict) else {}
+
+
+def check_name(path: Path) -> None:
+    """Raises SettingError if a file of this name could not be read back."""
+    if path.suffix != ".safetensors":
+        raise SettingError(f"The name of a class file ends in .safetensors; choose {path.with_suffix('.safetensors')}.")
 
 
 def write(path: Path, built: Built, keep_aspect: bool, shown: Mapping[str, "Shown"]) -> None:

@@ -376,10 +376,11 @@ class Segmenter(Hub):
         It holds the reduced photos of the supports. `Segmenter.load` reads it back.
 
         Raises:
-            SettingError: no class was shown.
+            SettingError: no class was shown, or the name does not end in .safetensors.
         """
         if not self.shown:
             raise SettingError("No class was shown, so there is nothing to save.")
+        classfile.check_name(Path(path))
         classfile.write(Path(path), Built(self.method, self.recipe), self.frame.keep_aspect, self.shown)
 
 

@@ -34,6 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 if an image failed; the others are done."""
+    from pmnet.segment.classfile import check_name
     from pmnet.segment.folder import segment_folder
     from pmnet.segment.recipe import DEFAULT
     from pmnet.segment.segmenter import Segmenter
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingError("A class file holds all this: leave out --head, --negatives and --keep-aspect.")
     if not arguments.images.exists():
         raise SettingError(f"There is no image or folder {arguments.images.absolute()}.")
+    if arguments.save:
+        check_name(arguments.save)
     source = arguments.classes or arguments.head or DEFAULT
     segmenter = Segmenter.load(source, arguments.device, True if arguments.keep_aspect else None)
     if arguments.classes and not segmenter.classes:

@@ -189,6 +189,7 @@ def test_command(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--images", "nowhere"), "There is no image or folder"),
         (("--negatives", "nowhere"), "There is no image in"),
         (("--support", "nowhere"), "nowhere"),
+        (("--save", "cow.pmnet"), "choose cow.safetensors"),
     ],
 )
 def test_wrong_words_are_one_message(
