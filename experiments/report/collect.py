@@ -154,12 +154,15 @@ class Found:
 
     @property
     def tested(self) -> list[Job]:
-        """The runs with test scores, i.e. all finished ones except pretrainings of a backbone."""
+        """The runs with test scores, i.e. all finished ones except those of UNTESTED."""
         return [job for job in self.finished if "test" in job.record]
 
     def name_of(self, folder: Path) -> str:
         names = (job.name for job in self.jobs if job.folder and job.folder.absolute() == folder.absolute())
         return next(names, "/".join(folder.parts[-2:]))
+
+
+UNTESTED = ("pretrain", "predict")  # modes that give no scores
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -245,7 +248,7 @@ def read_job(folder: Path, notes: list[str]) -> Job | None:
     job = Job(folder, [str(o) for o in given if not str(o).startswith("hydra.")] if isinstance(given, list) else [])
     record, job.error = read_json(folder / "results.json"), read_json(folder / "failure.json").get("error")
     job.error = str(job.error) if job.error is not None else None
-    if job.error is None and (record.get("mode") == "pretrain" or is_whole(record)):
+    if job.error is None and (record.get("mode") in UNTESTED or is_whole(record)):
         job.record = record
     elif job.error is None and (folder / "results.json").exists():
         notes.append(
@@ -355,7 +358,7 @@ def of_group(path: str, folder: Path) -> list[Job]:
             if "results.json" in stored:
                 stored["results.json"].download(root=str(job.folder), replace=True)
             record = read_json(folder / run.id / "results.json")
-            if record.get("mode") == "pretrain" or is_whole(record):
+            if record.get("mode") in UNTESTED or is_whole(record):
                 job.record = record
             elif run.state not in ("running", "pending"):
                 job.error = f"W&B has no results of this run (state: {run.state})"

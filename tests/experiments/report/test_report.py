@@ -596,11 +596,12 @@ def test_two_folders_of_ones_own_are_two_benchmarks(tmp_path: Path) -> None:
     assert [(b.dataset, b.target) for b in found] == [("folder cats",) * 2, ("folder moss",) * 2]
 
 
-def test_a_pretraining_is_finished_without_numbers(sweep) -> None:
+@pytest.mark.parametrize("record", [{"mode": "pretrain", "backbone": "backbone.pt"}, {"mode": "predict"}])
+def test_a_run_without_a_test_is_finished_without_numbers(sweep, record: dict[str, str]) -> None:
     folder, _ = sweep
     before = ours(folder)
     begin(folder / "8-small", ["experiment=pretrain_backbone", "fold=0"])
-    (folder / "8-small" / "results.json").write_text(json.dumps({"mode": "pretrain", "backbone": "backbone.pt"}))
+    (folder / "8-small" / "results.json").write_text(json.dumps(record))
     plan = json.loads((folder / "sweep.json").read_text())
     plan["jobs"].append({"overrides": ["experiment=pretrain_backbone", "fold=0"]})
     (folder / "sweep.json").write_text(json.dumps(plan))
