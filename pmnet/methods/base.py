@@ -135,8 +135,6 @@ class Method(nn.Module):
         batchnorm: how the frozen backbone's BatchNorm layers work in training: "eval" uses the stored statistics;
             "train" uses the batch's and updates the stored ones, as the programs of the PFENet family do.
         ignored: how the training loss treats pixels marked 255: "ignore", or "background" as in HSNet's family.
-        negative_supports: a support with an empty mask is evidence of background, because all shots are matched at
-            once. False where each shot makes a mask or a prototype of its own.
         title: the method's name as published, if it is not the name of the class.
         tuned_on: what gradient steps at test use, for a method that takes some; stored in every result.
 
@@ -153,7 +151,6 @@ class Method(nn.Module):
     learned_layers: tuple[str, ...] = ()
     batchnorm: Literal["eval", "train"] = "eval"
     ignored: Literal["ignore", "background"] = "ignore"
-    negative_supports: ClassVar[bool] = False
     title: ClassVar[str] = ""
     tuned_on: str = ""
 

@@ -66,7 +66,6 @@ class Prototype(Method):
     """
 
     side_multiple = 1
-    negative_supports = True
 
     def __init__(self, backbone: Backbone, layer: str | None = None) -> None:
         layer = layer or list(backbone.blocks)[-1]

@@ -5,8 +5,8 @@ deepest stage of the backbone. A logistic function turns it into a score; its th
 images that show the class and that of images that do not:
 
 - with it: each support, segmented by the other supports;
-- without it: the negatives, each segmented without it, and the supports of other classes; if there are none, what
-  would be marked in the supports beside the object.
+- without it: the negatives, and the supports of other classes; if there are none, what would be marked in the supports
+  beside the object.
 
 The choice among several kinds of evidence and of thresholds is measured in `docs/segment.md`.
 """
@@ -80,8 +80,7 @@ def calibrated(segmenter: "Segmenter", shown: "Shown", others: list["Shown"]) ->
     apart = [other.images[k] for other in others for k in range(len(other.images)) if other.masks[k].any()]
     ours = {image.numpy().tobytes() for image in shown.images}
     apart = [image for image in apart if image.numpy().tobytes() not in ours]
-    without = [of(segmenter, shown.images[k], left_out(segmenter, shown, k)) for k in negative[:MOST]]
-    without += [of(segmenter, image, shown) for image in apart[:MOST]]
+    without = [of(segmenter, image, shown) for image in [*shown.images[negative[:MOST]], *apart[:MOST]]]
     if len(positive) == 1:
         alone = of(segmenter, shown.images[positive[0]], shown)
         if without:

@@ -171,7 +171,7 @@ class Segmenter(Hub):
             supports: pairs of an image and its mask; or class -> pairs. An image is a path, a PIL image, an array
                 (H, W, 3) or a tensor (3, H, W) of uint8. A mask is one of these with (H, W), where 0 is background
                 and 255 is ignored if other values are there; or a `Box`, `Points` or `Scribble`.
-            negatives: images that show none of the class; or class -> images.
+            negatives: images that show none of the class; or class -> images. They set the threshold of its presence.
 
         Raises:
             SettingError: no support, more than 254 classes, or a mask that is empty or of another size.
@@ -238,13 +238,15 @@ class Segmenter(Hub):
 
     @torch.no_grad()
     def see(self, shown: Shown) -> None:
-        """Processes the supports of one class once, for all queries."""
+        """Processes the supports of one class once, for all queries.
+
+        Negatives are left to `calibrate`: as supports with an empty mask they draw the query's positions to themselves,
+        also those of the object.
+        """
         positive = (shown.masks != 0).flatten(1).any(1)
-        use = torch.ones_like(positive) if self.method.negative_supports else positive
-        images, masks = shown.images.to(self.device), shown.masks.to(self.device)
-        shown.seen = self.method.see(images[use][None], masks[use][None])
-        feats = self.method.backbone_pass(images[positive], {self.layer: "last"})
-        shown.prototype = prototype(self.deepest(feats), masks[positive])
+        images, masks = shown.images[positive].to(self.device), shown.masks[positive].to(self.device)
+        shown.seen = self.method.see(images[None], masks[None])
+        shown.prototype = prototype(self.deepest(self.method.backbone_pass(images, {self.layer: "last"})), masks)
         if shown.close:
             self.see(shown.close)
 

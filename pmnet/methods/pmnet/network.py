@@ -157,7 +157,6 @@ class PMNet(Method):
     query_reads = {"layer1": "last", "layer2": "last", "layer3": "all", "layer4": "all"}
     support_reads = {"layer3": "all", "layer4": "all"}
     strides = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
-    negative_supports = True
 
     def __init__(self, backbone: Backbone, **head: Any) -> None:
         keep_freed_memory()

@@ -100,17 +100,13 @@ def test_several_classes_take_the_most_probable_and_the_query_passes_once(monkey
     assert result.classes == ("a", "b", "c")
 
 
-def test_negatives_are_further_supports_with_empty_masks() -> None:
-    (image, mask), other = picture(0), picture(1)[0]
-    built = made(PMNET)
-    segmenter = Segmenter(built, "cpu").fit([(image, mask)], negatives=[other])
-    frame = Frame((64, 64))
-    images = torch.stack([frame.image(image), frame.image(other)])[None]
-    masks = torch.stack([frame.mask(mask), torch.zeros(64, 64, dtype=torch.uint8)])[None]
-    query = frame.image(picture(2)[0])
-    with torch.no_grad():
-        expected = built.method.segment(query[None], built.method.see(images, masks)).softmax(1)[0, 1]
-    assert torch.equal(segmenter.score(segmenter.features(query), segmenter.shown["object"].seen), expected)
+def test_negatives_change_the_threshold_and_no_score() -> None:
+    (image, mask), other, query = picture(0), picture(1)[0], picture(2)[0]
+    alone = Segmenter(made(PMNET), "cpu").fit([(image, mask)])
+    beside = Segmenter(made(PMNET), "cpu").fit([(image, mask)], negatives=[other])
+    before, after = (segmenter.predict(query, gate=False) for segmenter in (alone, beside))
+    assert np.array_equal(before.score, after.score)
+    assert before.presence != after.presence
 
 
 def test_class_file_gives_back_the_same(tmp_path: Path) -> None:
