@@ -71,7 +71,8 @@ def write(path: Path, built: Built, keep_aspect: bool, shown: Mapping[str, "Show
 def noted(shown: "Shown", prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Adds the tensors of what was shown; returns its plain values."""
     tensors |= {f"{prefix}.images": shown.images, f"{prefix}.masks": shown.masks}
-    return {"side": shown.side, "presence": asdict(shown.presence) if shown.presence else None}
+    presence = asdict(shown.presence) if shown.presence else None
+    return {"side": shown.side, "negatives": shown.negatives, "presence": presence}
 
 
 def parts(noted: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -80,6 +81,7 @@ def parts(noted: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) 
         "images": tensors[f"{prefix}.images"],
         "masks": tensors[f"{prefix}.masks"],
         "side": int(noted["side"]),
+        "negatives": int(noted["negatives"]),
         "presence": Presence(**noted["presence"]) if noted["presence"] else None,
     }
     return found | ({"close": parts(noted["close"], f"{prefix}.close", tensors)} if "close" in noted else {})
@@ -102,6 +104,8 @@ def read(path: Path) -> tuple[Built, bool, dict[str, dict[str, Any]]]:
         every = [*shown.values(), *(each["close"] for each in shown.values() if "close" in each)]
         if any([*each["images"].shape[-2:], *each["masks"].shape[-2:]] != sides * 2 for each in every):
             raise ValueError("the supports have other sides than the network")
+        if any(not 0 <= each["negatives"] < len(each["images"]) for each in every):
+            raise ValueError("a class has no supports")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged, or another program wrote it: {error}.") from error
     return built, bool(recipe.get("keep_aspect", False)), shown

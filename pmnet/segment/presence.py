@@ -76,11 +76,11 @@ def prototype(feature_KChw: Tensor, masks_KHW: Tensor) -> Tensor:
 def calibrated(segmenter: "Segmenter", shown: "Shown", others: list["Shown"]) -> Presence:
     """Calibrates the score of a class on its supports and negatives, and on the supports of other classes."""
     positive = [k for k in range(len(shown.images)) if shown.masks[k].any()]
-    negative = [k for k in range(len(shown.images)) if k not in positive]
+    negative = shown.images[len(shown.images) - shown.negatives :]
     apart = [other.images[k] for other in others for k in range(len(other.images)) if other.masks[k].any()]
     ours = {image.numpy().tobytes() for image in shown.images}
     apart = [image for image in apart if image.numpy().tobytes() not in ours]
-    without = [of(segmenter, image, shown) for image in [*shown.images[negative[:MOST]], *apart[:MOST]]]
+    without = [of(segmenter, image, shown) for image in [*negative[:MOST], *apart[:MOST]]]
     if len(positive) == 1:
         alone = of(segmenter, shown.images[positive[0]], shown)
         if without:
@@ -109,9 +109,9 @@ def away_from(mask_HW: Tensor) -> Tensor:
 
 
 def left_out(segmenter: "Segmenter", shown: "Shown", k: int) -> "Shown":
-    """The same class without its k-th image."""
+    """The same class without its k-th image, which is no negative."""
     keep = [i for i in range(len(shown.images)) if i != k]
-    rest = type(shown)(shown.images[keep], shown.masks[keep], shown.side)
+    rest = type(shown)(shown.images[keep], shown.masks[keep], shown.side, shown.negatives)
     segmenter.see(rest)
     return rest
 

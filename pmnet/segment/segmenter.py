@@ -68,7 +68,8 @@ class Shown:
 
     Attributes:
         images: (K, 3, H, W) uint8 at the network's size.
-        masks: (K, H, W) uint8, 0 or 1; all 0 in an image that shows none of it.
+        masks: (K, H, W) uint8, 0 or 1; all 0 in a negative, and in a part of a support that shows none of it.
+        negatives: how many of the images, the last ones, are negatives.
         side: of the longest support, in pixels, before resizing.
         seen: the method's output of `see`, for one episode.
         prototype: (C,), see `presence.py`.
@@ -79,16 +80,17 @@ class Shown:
     images: Tensor
     masks: Tensor
     side: int
+    negatives: int = 0
     seen: Any = None
     prototype: Tensor = field(default_factory=lambda: torch.zeros(0))
     presence: Presence | None = None
     close: "Shown | None" = None
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]], side: int) -> "Shown":
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]], side: int, negatives: int) -> "Shown":
         """Of pairs of an image and its mask at the network's size."""
         images, masks = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        return cls(images, masks, side)
+        return cls(images, masks, side, negatives)
 
     def at(self, side: int | None) -> "Shown":
         """This or `close`, whose scale is nearer to that of tiles of a side; None stands for whole images."""
@@ -217,8 +219,8 @@ class Segmenter(Hub):
             whole.append((self.frame.image(image), none))
             if closest:
                 close.append((self.frame.image(image[:, *tiles.middle(image, closest)]), none))
-        shown = Shown.of(whole, longest)
-        shown.close = Shown.of(close, closest) if closest else None
+        shown = Shown.of(whole, longest, len(negatives))
+        shown.close = Shown.of(close, closest, len(negatives)) if closest else None
         return shown
 
     def fitted(self, mask_HW: Tensor) -> Tensor:
@@ -243,8 +245,8 @@ class Segmenter(Hub):
         Negatives are left to `calibrate`: as supports with an empty mask they draw the query's positions to themselves,
         also those of the object.
         """
-        positive = (shown.masks != 0).flatten(1).any(1)
-        images, masks = shown.images[positive].to(self.device), shown.masks[positive].to(self.device)
+        supports = slice(len(shown.images) - shown.negatives)
+        images, masks = shown.images[supports].to(self.device), shown.masks[supports].to(self.device)
         shown.seen = self.method.see(images[None], masks[None])
         shown.prototype = prototype(self.deepest(self.method.backbone_pass(images, {self.layer: "last"})), masks)
         if shown.close:

@@ -67,15 +67,15 @@ def spots(size: tuple[int, int], places: list[tuple[int, int]], side: int) -> tu
 
 def test_small_objects_in_large_supports_are_shown_closely(tmp_path: Path) -> None:
     segmenter = Segmenter(made(PROTOTYPE, size=64), "cpu")  # an image is large from 256 pixels on
-    image, mask = spots((400, 600), [(300, 500), (20, 40)], 30)
+    image, mask = spots((400, 600), [(300, 500), (20, 40)], 40)
     shown = segmenter.fit([(image, mask)], negatives=[image[:, :200]]).shown["object"]
     assert shown.close
-    assert shown.close.side == 3 * 30
+    assert shown.close.side == 3 * 40
     areas = shown.close.masks.flatten(1).float().mean(1)
     assert areas[0] == pytest.approx(1 / 9, rel=0.1)
     assert areas[1:].tolist() == [0, 0]  # a part of the support without it, and the negative
-    query, true = spots((400, 600), [(100, 300)], 30)
-    assert segmenter.tile_side(query, "auto") == 90
+    query, true = spots((400, 600), [(100, 300)], 40)
+    assert segmenter.tile_side(query, "auto") == 120
     closely, whole = (iou(segmenter.predict(query, tile, gate=False).mask, true) for tile in ("auto", None))
     assert closely > 0.25 > 10 * whole
     segmenter.save(tmp_path / "a.safetensors")
