@@ -221,10 +221,11 @@ def load_released(checkpoint: Checkpoint, network: Method) -> None:
         others = [n for n in all_methods() if not isinstance(release_of(n, content), CheckpointError)]
         whose = f"It fits model={' or model='.join(others)}." if others else "It fits no other method either."
         raise CheckpointError(f"{path} does not fit model={name}. {released} {whose}") from released
-    of_head = {f"head.{key}": value for key, value in released.head.state_dict().items()}
-    of_method = released.state_dict() if isinstance(released, Method) else of_head
+    if isinstance(released, Method):  # its backbone was trained, and is in the file
+        state, network.backbone.provenance = released.state_dict(), released.backbone.provenance
+    else:
+        state = {f"head.{key}": value for key, value in released.head.state_dict().items()}
     own = network.state_dict()
-    state = {key: value for key, value in of_method.items() if key in network.saved() | of_head.keys()}
     differ = sorted(k for k in own if k.startswith("head.") and k not in state)
     differ += sorted(k for k, v in state.items() if k not in own or own[k].shape != v.shape)
     if differ:
@@ -234,7 +235,8 @@ def load_released(checkpoint: Checkpoint, network: Method) -> None:
             f"{tuple(own[differ[0]].shape) if differ[0] in own else 'absent'} here. Choose model.<option> and backbone."
         )
     network.load_state_dict(state, strict=False)
-    check_trunk(path, content, network, name)
+    if not isinstance(released, Method):
+        check_trunk(path, content, network, name)
 
 
 def release_of(name: str, state: dict[str, Tensor]) -> Head | Method | CheckpointError:

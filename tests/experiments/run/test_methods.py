@@ -15,6 +15,7 @@ from experiments.report.collect import is_whole
 from experiments.run.checkpoints import load_released, read
 from experiments.run.job import run_job
 from pmnet.backbones import ResNetBackbone, SmallBackbone
+from pmnet.backbones.dilated import DilatedResNetBackbone
 from pmnet.backbones.vgg import OURS, PANET, VGGBackbone
 from pmnet.errors import CheckpointError
 from pmnet.methods import Method, all_methods, vat
@@ -22,6 +23,7 @@ from pmnet.methods.dcama import DCAMA
 from pmnet.methods.hsnet import HSNet
 from pmnet.methods.panet import PANet
 from pmnet.methods.pfenet import PFENet
+from pmnet.methods.ssp import SSP
 from tests.conftest import ROOT, results
 
 TINY = (
@@ -151,3 +153,23 @@ def test_whole_networks_are_loaded_whole(tmp_path: Path) -> None:
     network = PANet(VGGBackbone("none"))
     load_released(read(tmp_path / "authors.pt"), network)
     assert all(torch.equal(a, b + 1) for a, b in zip(network.parameters(), trained.parameters(), strict=True))
+
+
+def test_released_network_brings_its_backbone(tmp_path: Path) -> None:
+    """SSP's program trains layer2 and layer3 of a backbone that ends there; its file holds all of it."""
+    torch.manual_seed(1)
+    trained = SSP(DilatedResNetBackbone("resnet50s", "none", "torchvision")).eval()
+    state = {}
+    for name, tensor in trained.backbone.trunk.state_dict().items():
+        theirs = name.replace("conv1.", "layer0.0.", 1) if name.startswith("conv1.") else name
+        theirs = theirs.replace("bn1.", "layer0.1.", 1) if theirs.startswith("bn1.") else theirs
+        if not name.startswith("layer4."):
+            state[f"module.{theirs}"] = tensor
+    torch.save(state, tmp_path / "authors.pt")
+    network = SSP(DilatedResNetBackbone("resnet50s", "none", "torchvision")).eval()
+    load_released(read(tmp_path / "authors.pt"), network)
+    query, support, masks = torch.rand(1, 3, 65, 65), torch.rand(1, 1, 3, 65, 65), torch.zeros(1, 1, 65, 65)
+    masks[..., 20:40, 20:40] = 1
+    with torch.no_grad():
+        assert torch.equal(network(query, support, masks), trained(query, support, masks))
+    assert network.backbone.provenance.source == "SSP's authors"
