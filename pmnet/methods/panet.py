@@ -105,9 +105,11 @@ class PANet(Method):
     side_multiple = 1
 
     def __init__(self, backbone: Backbone, layer: str = "layer4") -> None:
-        self.learned_layers = tuple(name for name, _ in backbone.trunk.named_children())
+        reads, stages = backbone.checked({layer: "last"}), list(backbone.blocks)
+        unused = stages[stages.index(layer) + 1 :]
+        self.learned_layers = tuple(name for name, _ in backbone.trunk.named_children() if name not in unused)
         super().__init__(backbone, PANetHead())
-        self.query_reads = self.support_reads = backbone.checked({layer: "last"})
+        self.query_reads = self.support_reads = reads
 
 
 def from_release(state_dict: Mapping[str, Tensor]) -> PANet:

@@ -174,9 +174,10 @@ def test_whole_way_of_images(K):
 
 
 @pytest.mark.parametrize("build", [lambda: VGGBackbone("none"), lambda: ResNetBackbone("resnet18", "none")])
-def test_training_step_moves_the_whole_backbone(build):
+@pytest.mark.parametrize("layer", ["layer3", "layer4"])
+def test_training_step_moves_the_whole_backbone_up_to_the_layer(build, layer):
     torch.manual_seed(0)
-    method = PANet(build()).train()
+    method = PANet(build(), layer).train()
     batch = SimpleNamespace(
         query=torch.rand(2, 3, 64, 64),
         query_mask=torch.randint(0, 2, (2, 64, 64)),
@@ -187,7 +188,9 @@ def test_training_step_moves_the_whole_backbone(build):
     method.loss(batch, LOSS).backward()
     torch.optim.SGD(method.learned(), lr=0.1).step()
     moved = {name for name, tensor in method.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {name for name, _ in method.named_parameters()}  # and no statistics
+    used = {name for name, _ in method.named_parameters() if layer == "layer4" or ".layer4." not in name}
+    assert moved == used  # and no statistics
+    assert {name for name, parameter in method.named_parameters() if parameter.requires_grad} == used
 
 
 def test_stage_that_the_backbone_lacks_is_refused():
