@@ -3,6 +3,7 @@
 import errno
 import io
 import logging
+import os
 import signal
 import sys
 import time
@@ -89,6 +90,7 @@ def explained(folder: Path) -> Iterator[Outcome]:
             return
         sys.exit(1)
     finally:
+        os.environ.pop(jobs.PARENT, None)
         loggers.finish(code)
         if code:
             end_children(but="wandb")  # whose service has just been told, and ends with this process

@@ -189,7 +189,7 @@ def end_with_parent() -> None:
     """Makes the kernel end this process when the process of PMNet that started it ends, even if it is killed (Linux).
 
     A sweep starts jobs, and a job the other processes of its training. What has ended before this call can no longer
-    be noticed by the kernel, so a parent leaves its number to those that it starts.
+    be noticed by the kernel, so a parent leaves its number to those that it starts, until its run has ended.
     """
     parent, os.environ[PARENT] = os.environ.get(PARENT), str(os.getpid())
     if parent:
