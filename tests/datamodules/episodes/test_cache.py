@@ -13,7 +13,6 @@ from datamodules.episodes.dataset import Episodes, resized
 from datamodules.episodes.module import FewShotDataModule
 from datamodules.errors import DatasetError
 from datamodules.own.folder import FolderDataset
-from pmnet.errors import ImageError
 from tests.data.folder import write_indexed
 
 SIZE = (32, 64)
@@ -93,7 +92,7 @@ def test_another_size_list_or_image_is_another_file(root, tmp_path):
 def test_interrupted_building_leaves_no_file(root, tmp_path):
     data = read(root)
     (root / "images" / "007.jpg").write_bytes(b"broken")
-    with pytest.raises(ImageError, match=r"007\.jpg"):
+    with pytest.raises(DatasetError, match=r"007\.jpg was changed"):
         ImageCache(tmp_path / "cache", data, names_of(data), SIZE)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix in (".npy", ".part")]
 

@@ -51,12 +51,12 @@ def test_nothing_depends_on_the_pixels_of_novel_classes(tmp_path, folder, fold):
 
 
 def test_pixels_of_base_classes_do_matter(tmp_path):
-    pixels = pixels_of(write_indexed(tmp_path, suffix=".png"))
-    before = pixels[0, 0]
+    before = pixels_of(write_indexed(tmp_path, suffix=".png"))[0, 0]
     for path in (tmp_path / "images").iterdir():
         Image.fromarray(255 - np.array(Image.open(path))).save(path)
-    assert not torch.equal(pixels[0, 0][0], before[0])
-    assert torch.equal(pixels[0, 0][1], before[1])
+    after = pixels_of(tmp_path)[0, 0]
+    assert not torch.equal(after[0], before[0])
+    assert torch.equal(after[1], before[1])
 
 
 def test_novel_classes_are_painted_grey_and_base_classes_renumbered(folder):
