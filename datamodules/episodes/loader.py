@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def start_worker(worker: int) -> None:
 
     A cluster sends SIGTERM to every process of a job. The workers must keep reading images until the main process has
     saved its checkpoint. If the main process is killed, they end at their next word to it, which is no error of theirs.
+    A worker that cannot send a batch ends, so that the main process notices.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     main = os.getppid()
@@ -100,3 +102,9 @@ def start_worker(worker: int) -> None:
             sys.__excepthook__(*error)
 
     sys.excepthook = show
+    Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
+
+
+def end_worker(error: Exception, batch: object) -> None:
+    """Ends a worker whose queue cannot send a batch: it would go on with the next one, and the main process wait."""
+    os._exit(1)

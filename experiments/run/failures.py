@@ -34,6 +34,7 @@ from pmnet.errors import PMNetError
 
 log = logging.getLogger(__name__)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_MEMORY = ("Cannot allocate memory", "can't allocate memory", "can't start new thread", "MemoryError")
 EXPECTED = (PMNetError, DatasetError, UserError, MisconfigurationException)
 
 
@@ -115,6 +116,11 @@ def as_message(error: Exception) -> str | None:
         return f"torch.compile failed: {str(cause).splitlines()[0]}. Use trainer.compile=false."
     if isinstance(cause, EXPECTED):
         return explain(cause)
+    if isinstance(cause, MemoryError) or any(words in str(cause) for words in NO_MEMORY):
+        return (
+            f"The memory of a process ran out: {last_line(cause)} Use fewer workers (episodes.workers=0) or smaller "
+            "batches (episodes.batch_size, episodes.test_batch_size), or raise its limit (ulimit -v, the container's)."
+        )
     if any(words in str(cause) for words in ("shared memory", "killed by signal", "exited unexpectedly")):
         return (
             f"A worker that reads images could not deliver: {last_line(cause)} Give the container more shared memory "
@@ -156,4 +162,5 @@ def said_elsewhere(folder: Path) -> bool:
 
 
 def last_line(error: BaseException | None) -> str:
-    return str(error).strip().splitlines()[-1].rstrip(".") + "."
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].rstrip(".") + "."

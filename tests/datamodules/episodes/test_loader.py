@@ -1,9 +1,12 @@
 """Workers that cannot deliver: said before the first batch, or an error in the main process, and never a hang."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import time
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +68,7 @@ def test_worker_whose_main_process_is_gone_shows_no_error(
 ) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(Queue, "_on_queue_feeder_error", Queue._on_queue_feeder_error)
     start_worker(0)
     error = EOFError("the connection ended")
     sys.excepthook(EOFError, error, None)
@@ -72,3 +76,19 @@ def test_worker_whose_main_process_is_gone_shows_no_error(
     monkeypatch.setattr(os, "getppid", lambda: 1_000_000)
     sys.excepthook(EOFError, error, None)
     assert capsys.readouterr().err == ""
+
+
+def test_worker_that_cannot_send_a_batch_ends() -> None:
+    """Its queue sends in a thread, whose error would be printed and forgotten."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def work() -> None:
+        start_worker(0)
+        queue.put(lambda: None)  # cannot be pickled
+        time.sleep(60)
+
+    worker = context.Process(target=work)
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 1

@@ -55,3 +55,15 @@ def test_full_disk_hides_no_message_and_leaves_no_part(tmp_path: Path, monkeypat
     write_failure(tmp_path, "full")
     assert [p.name for p in tmp_path.iterdir()] == ["failure.json"]
     assert read_json(tmp_path / "failure.json") == {"error": "before"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("unable to mmap 49152 bytes from file </torch_1_2_6>: Cannot allocate memory (12)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes."),
+    ],
+)
+def test_memory_that_runs_out_is_one_message(error: Exception) -> None:
+    assert "The memory of a process ran out" in (as_message(error) or "")
