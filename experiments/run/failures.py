@@ -111,19 +111,19 @@ def write_failure(folder: Path, error: str, trace: str | None = None) -> None:
 
 def as_message(error: Exception) -> str | None:
     """The message of an error that the user can fix; None for any other."""
-    cause = error.__cause__ if isinstance(error, InstantiationException) else error
+    cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
     if type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed: {str(cause).splitlines()[0]}. Use trainer.compile=false."
     if isinstance(cause, EXPECTED):
         return explain(cause)
     if isinstance(cause, MemoryError) or any(words in str(cause) for words in NO_MEMORY):
         return (
-            f"The memory of a process ran out: {last_line(cause)} Use fewer workers (episodes.workers=0) or smaller "
+            f"The memory of a process ran out: {last_line(explain(cause))} Use fewer workers (episodes.workers=0) or smaller "
             "batches (episodes.batch_size, episodes.test_batch_size), or raise its limit (ulimit -v, the container's)."
         )
     if any(words in str(cause) for words in ("shared memory", "killed by signal", "exited unexpectedly")):
         return (
-            f"A worker that reads images could not deliver: {last_line(cause)} Give the container more shared memory "
+            f"A worker that reads images could not deliver: {last_line(str(cause))} Give the container more shared memory "
             "(docker run --shm-size=2g), or read in the main process: episodes.workers=0."
         )
     if isinstance(cause, OSError) and cause.errno in NO_ROOM:
@@ -134,11 +134,11 @@ def as_message(error: Exception) -> str | None:
             f"A file could not be locked: {cause}. The disk has no file locks. Set reuse=false, or choose a folder on "
             "another disk with trainings=FOLDER and, if you use it, episodes.cache=FOLDER."
         )
-    if cause is not None and lost_another(cause):
+    if lost_another(cause):
         frozen = ", ".join(f"process {rank} (pid {p.pid})" for rank, p in together.stopped().items())
         which = f"It is {frozen}, stopped by a signal. " if frozen else "If it left a message, it is above. "
         return (
-            f"Another process of this job has ended or does not answer: {last_line(cause)} {which}Run the same command "
+            f"Another process of this job has ended or does not answer: {last_line(str(cause))} {which}Run the same command "
             "again to resume. If it was only slow, set trainer.timeout=1800."
         )
     return None
@@ -161,6 +161,5 @@ def said_elsewhere(folder: Path) -> bool:
     return False
 
 
-def last_line(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].rstrip(".") + "."
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no more is known"])[-1].rstrip(".") + "."
