@@ -116,14 +116,15 @@ def as_message(error: Exception) -> str | None:
         return f"torch.compile failed: {str(cause).splitlines()[0]}. Use trainer.compile=false."
     if isinstance(cause, EXPECTED):
         return explain(cause)
+    said = last_line(explain(cause))
     if isinstance(cause, MemoryError) or any(words in str(cause) for words in NO_MEMORY):
         return (
-            f"The memory of a process ran out: {last_line(explain(cause))} Use fewer workers (episodes.workers=0) or smaller "
+            f"The memory of a process ran out: {said} Use fewer workers (episodes.workers=0) or smaller "
             "batches (episodes.batch_size, episodes.test_batch_size), or raise its limit (ulimit -v, the container's)."
         )
     if any(words in str(cause) for words in ("shared memory", "killed by signal", "exited unexpectedly")):
         return (
-            f"A worker that reads images could not deliver: {last_line(str(cause))} Give the container more shared memory "
+            f"A worker that reads images could not deliver: {said} Give the container more shared memory "
             "(docker run --shm-size=2g), or read in the main process: episodes.workers=0."
         )
     if isinstance(cause, OSError) and cause.errno in NO_ROOM:
@@ -138,7 +139,7 @@ def as_message(error: Exception) -> str | None:
         frozen = ", ".join(f"process {rank} (pid {p.pid})" for rank, p in together.stopped().items())
         which = f"It is {frozen}, stopped by a signal. " if frozen else "If it left a message, it is above. "
         return (
-            f"Another process of this job has ended or does not answer: {last_line(str(cause))} {which}Run the same command "
+            f"Another process of this job has ended or does not answer: {said} {which}Run the same command "
             "again to resume. If it was only slow, set trainer.timeout=1800."
         )
     return None
