@@ -11,24 +11,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from datamodules.episodes.episode import Episode
 from datamodules.errors import DatasetError
 
+TIMED_OUT = "DataLoader timed out"
+
 
 class EpisodeLoader(DataLoader[Any]):
-    """A DataLoader that is safe to start while a process group is active.
+    """A DataLoader that does not wait forever for its workers and is safe to start while a process group is active.
 
     After a barrier, a thread of the process group (such as gloo's) may be about to acquire the interpreter lock. A
     worker forked at that moment inherits the held lock and waits forever (Python 3.11). A short pause before the
     workers start avoids this.
+
+    Args:
+        dataset: the episodes.
+        patience: seconds without a batch after which the workers count as stuck.
+        options: as of a DataLoader.
     """
 
-    def __iter__(self) -> Any:
+    def __init__(self, dataset: Dataset[Any], patience: float = 300, **options: Any) -> None:
+        super().__init__(dataset, timeout=patience / 2 if options.get("num_workers") else 0, **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Raises DatasetError if the workers are stuck."""
         if self.num_workers and torch.distributed.is_available() and torch.distributed.is_initialized():
             time.sleep(0.2)
-        return super().__iter__()
+        waited = False
+        try:
+            batches = super().__iter__()
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if waited or TIMED_OUT not in str(error):
+                        raise
+                    waited = True  # once more, as time goes on while the whole run is suspended
+                    continue
+                waited = False
+                yield batch
+        except RuntimeError as error:
+            if TIMED_OUT not in str(error):
+                raise
+            raise DatasetError(
+                f"The {self.num_workers} workers that read images do not answer ({error}): they are stuck, or a disk "
+                "is. Run the same command again to resume. If they are only slow, set episodes.timeout=3000; "
+                "episodes.workers=0 reads in the main process."
+            ) from error
 
 
 class TrainingLoader(EpisodeLoader):

@@ -77,6 +77,7 @@ class FewShotDataModule(L.LightningDataModule):
         novel_pixels: how pixels of novel classes are labelled in training queries: "background", as in the published
             protocols, or "ignore", which excludes them from the loss.
         workers: worker processes that read images, per training process; 0 reads in the training process itself.
+        timeout: seconds without a batch after which the workers count as stuck.
         seed: seed of the training episodes. The test list always uses seed 0, as published lists do.
         repeats: whether an image may appear twice among the K supports of a test episode; None: as published.
         cache: folder for a cache of resized images; None reads and resizes the files each time.
@@ -124,6 +125,7 @@ class FewShotDataModule(L.LightningDataModule):
         task: str = "cross_category",
         target: FewShotDataset | None = None,
         validation: FewShotDataset | None = None,
+        timeout: float = 300,
     ) -> None:
         super().__init__()
         sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
@@ -144,7 +146,8 @@ class FewShotDataModule(L.LightningDataModule):
         self.image_size = (sides[0], sides[1])
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
         self.per_epoch, self.val, self.test, self.repeats = per_epoch, val, test, repeats
-        self.novel_pixels, self.workers, self.seed = novel_pixels, workers, seed
+        self.novel_pixels, self.seed = novel_pixels, seed
+        self.workers, self.timeout = workers, timeout
         self.cache = Path(cache).expanduser() if cache else None
         self.augment = augment if callable(augment) else None
 
@@ -384,6 +387,7 @@ class FewShotDataModule(L.LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.workers,
+            patience=self.timeout,
             collate_fn=collate,
             worker_init_fn=start_worker,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",

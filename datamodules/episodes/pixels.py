@@ -115,15 +115,18 @@ class PixelDataModule(L.LightningDataModule):
         batch_size: images per batch, over all processes together.
         images_per_epoch: images per epoch, rounded up to whole batches.
         workers: worker processes that read images, per training process.
+        timeout: seconds without a batch after which the workers count as stuck.
     """
 
-    def __init__(self, pixels: BasePixels, batch_size: int, images_per_epoch: int, workers: int) -> None:
+    def __init__(
+        self, pixels: BasePixels, batch_size: int, images_per_epoch: int, workers: int, timeout: float = 300
+    ) -> None:
         super().__init__()
-        self.pixels, self.batch_size, self.workers = pixels, batch_size, workers
+        self.pixels, self.batch_size, self.workers, self.timeout = pixels, batch_size, workers, timeout
         self.length = -(-images_per_epoch // batch_size) * batch_size
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return loader(self.pixels, self.length, self.batch_size, self.workers, self.trainer, "pretrain.batch_size")
+        return loader(self, self.pixels, self.length, "pretrain.batch_size")
 
 
 # For a method
@@ -190,7 +193,7 @@ class LabelledDataModule(FewShotDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         images = LabelledImages(self.dataset, self.fold, self.image_size, self.seed, self.augment)
         length = -(-(self.per_epoch or len(images)) // self.batch_size) * self.batch_size
-        return loader(images, length, self.batch_size, self.workers, self.trainer, "episodes.batch_size")
+        return loader(self, images, length, "episodes.batch_size")
 
     @property
     def training_record(self) -> dict[str, object]:
@@ -200,10 +203,9 @@ class LabelledDataModule(FewShotDataModule):
         }
 
 
-def loader(
-    pixels: BasePixels, length: int, batch_size: int, workers: int, trainer: L.Trainer | None, option: str
-) -> DataLoader[Any]:
-    """Batches of an epoch of `length` images; `option` names the setting of `batch_size` in a message."""
+def loader(data: PixelDataModule | LabelledDataModule, pixels: BasePixels, length: int, option: str) -> DataLoader[Any]:
+    """Batches of an epoch of `length` images; `option` names the setting of `data.batch_size` in a message."""
+    trainer, batch_size = data.trainer, data.batch_size
     process, processes = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
     if batch_size % processes:
         raise DatasetError(f"{option}={batch_size} is not divisible by {processes} processes.")
@@ -214,7 +216,8 @@ def loader(
         pixels,
         batch_size=batch_size // processes,
         sampler=sampler,
-        num_workers=workers,
+        num_workers=data.workers,
+        patience=data.timeout,
         worker_init_fn=start_worker,
-        persistent_workers=workers > 0,
+        persistent_workers=data.workers > 0,
     )

@@ -22,7 +22,8 @@ UNSHAPING = {  # config values that may differ between runs of one table row
     *("trainer.cache", "trainer.channels_last", "trainer.compile", "trainer.timeout"),
     *("backbone.weights", "backbone.download", "episodes._target_", "episodes.dataset", "episodes.target"),
     *("episodes.validation", "episodes.task", "episodes.fold", "episodes.shot", "episodes.train_shot"),
-    *("episodes.seed", "episodes.cache", "episodes.augment", "episodes.workers", "episodes.test_batch_size"),
+    *("episodes.seed", "episodes.cache", "episodes.augment", "episodes.workers", "episodes.timeout"),
+    "episodes.test_batch_size",
 }
 OF_TRAINING = {  # config values that affect training only; a test of trained weights takes them from the training run
     *("optimizer", "scheduler", "loss", "augment", "trainer", "train_shot", "validation", "model.dropout"),

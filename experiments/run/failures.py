@@ -93,8 +93,7 @@ def explained(folder: Path) -> Iterator[Outcome]:
     finally:
         os.environ.pop(jobs.PARENT, None)
         loggers.finish(code)
-        if code:
-            end_children(but="wandb")  # whose service has just been told, and ends with this process
+        end_children(but="wandb")  # a stuck worker would stay; W&B's service has been told, and ends with this process
 
 
 def accept_any_character() -> None:

@@ -39,7 +39,7 @@ def pretrain(cfg: DictConfig, folder: Path) -> float:
         )
     _, keep_last = checkpoints.callbacks(folder)
     trainer = make_trainer(cfg, folder, loggers, [EpochLog(), keep_last])
-    data = PixelDataModule(pixels, p.batch_size, p.images_per_epoch, cfg.episodes.workers)
+    data = PixelDataModule(pixels, p.batch_size, p.images_per_epoch, cfg.episodes.workers, cfg.episodes.timeout)
     trainer.fit(module, data, ckpt_path=start.path if start else None, weights_only=True)
     if trainer.is_global_zero:
         path = folder / "backbone.safetensors"

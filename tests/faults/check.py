@@ -105,9 +105,13 @@ def leftovers(case: Case, patience: float = 10) -> list[str]:
 
 
 def torn(case: Case) -> list[str]:
-    """Files under a final name that are not whole, except those that the fault itself damaged."""
+    """Files under a final name that are not whole, except those that the fault itself damaged.
+
+    A folder whose name ends in ".part" is not finished, whatever its files are called.
+    """
     outside = case.damaged | {case.data}
     paths = [p for p in case.folder.rglob("*") if p.is_file() and not outside & {p, *p.parents}]
+    paths = [p for p in paths if not any(folder.suffix == ".part" for folder in p.parents)]
     return [f"half-written {path.relative_to(case.folder)}" for path in paths if not is_whole(path)]
 
 

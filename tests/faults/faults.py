@@ -105,6 +105,16 @@ def kill_worker(case: Case) -> Steps:
         worker.kill()
 
 
+@fault("a worker frozen for good", "workers/training", "workers/validation", "workers/test")
+def freeze_worker(case: Case) -> Steps:
+    """With `episodes.timeout` set to 20 seconds; the default is 300."""
+    case.extra = ["episodes.timeout=20"]
+    yield
+    for worker in case.workers()[:1]:
+        with suppress(psutil.NoSuchProcess):
+            worker.suspend()
+
+
 def pause(process: psutil.Process, seconds: float) -> None:
     """Frozen, and thawed later."""
     with suppress(psutil.NoSuchProcess):
@@ -164,6 +174,7 @@ def few_files(case: Case) -> Steps:
 
 @fault("memory of a worker limited", "workers/training", "workers/test")
 def little_memory(case: Case) -> Steps:
+    case.extra = ["episodes.timeout=20"]
     yield
     for worker in case.workers()[:1]:
         with suppress(psutil.Error, ProcessLookupError):

@@ -1,11 +1,13 @@
 """Workers that cannot deliver: said before the first batch, or an error in the main process, and never a hang."""
 
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,9 +48,35 @@ def fail(tensor: torch.Tensor) -> torch.Tensor:
 
 def test_worker_that_cannot_deliver_ends_the_epoch_with_its_error(monkeypatch) -> None:
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)  # workers are forked, and so fail too
-    loader = EpisodeLoader(episodes(), batch_size=2, num_workers=1, collate_fn=collate, timeout=60)
+    loader = EpisodeLoader(episodes(), batch_size=2, num_workers=1, collate_fn=collate, patience=120)
     with pytest.raises(RuntimeError, match="unable to allocate shared memory"):
         list(loader)
+
+
+@dataclass
+class Late:
+    """Items, one of which keeps its worker for some seconds, or for good (NaN)."""
+
+    seconds: float
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> int:
+        if i == 3 and math.isnan(self.seconds):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(self.seconds if i == 3 else 0)
+        return i
+
+
+def test_slow_worker_is_waited_for_and_a_stuck_one_is_an_error() -> None:
+    assert torch.cat(list(EpisodeLoader(Late(3), patience=4, num_workers=1))).tolist() == [*range(6)]
+    try:
+        with pytest.raises(DatasetError, match=r"The 2 workers that read images do not answer .*episodes\.timeout"):
+            list(EpisodeLoader(Late(math.nan), patience=2, num_workers=2))
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
 
 def test_batches_of_workers_are_those_of_the_main_process() -> None:

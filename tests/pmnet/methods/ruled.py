@@ -76,6 +76,18 @@ def assert_near(value: Tensor, expected: Tensor, share: float = 1e-5) -> None:
     assert error <= share * largest, f"off by {error / largest:.1e} of the largest value"
 
 
+def assert_masks(masks: Tensor, logits: Tensor, share: float = 1e-5) -> None:
+    """Asserts that masks (..., H, W) are the larger of two logits (..., 2, H, W), where rounding does not decide.
+
+    Args:
+        share: of the largest logit, by which `assert_near` lets the logits differ.
+    """
+    margin = logits.select(-3, 1) - logits.select(-3, 0)
+    clear = margin.abs() > 2 * share * logits.abs().max()
+    assert clear.float().mean() > 0.99
+    assert torch.equal(masks[clear], margin[clear] > 0)
+
+
 def gradient_norms(module: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """The L2 norm of every parameter's gradient, by its name."""
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
