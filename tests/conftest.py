@@ -15,7 +15,7 @@ TINY = (
 ).split()
 
 
-LONGEST = ("test_slurm.py", "test_sweep.py", "test_run.py", "test_tables.py")
+LONGEST = ("test_slurm.py", "test_sweep.py", "test_run.py", "test_tables.py", "test_faults.py", "test_export.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
