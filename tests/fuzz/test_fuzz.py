@@ -347,7 +347,7 @@ def test_watch_sees_escapes_hangs_memory_and_crashes(monkeypatch, tmp_path):
         "escape": lambda content, folder: (tmp_path / "out").write_bytes(content),
         "escape: os.system": lambda content, folder: os.system("true"),
         "memory": lambda content, folder: fill(mmap.mmap(-1, 3 << 29)),
-        "crash": lambda content, folder: faulthandler.disable() or os.abort(),
+        "crash": lambda content, folder: (faulthandler.disable(), os.abort()),
         "error: ZeroDivisionError": lambda content, folder: 1 / 0,
         "hang": lambda content, folder: time.sleep(9),
     }
