@@ -107,7 +107,7 @@ def leftovers(case: Case, patience: float = 10) -> list[str]:
 def torn(case: Case) -> list[str]:
     """Files under a final name that are not whole, except those that the fault itself damaged.
 
-    A folder whose name ends in ".part" is not finished, whatever its files are called.
+    A folder whose name ends in ".part" is not finished, whatever its files are called; none may be left after success.
     """
     outside = case.damaged | {case.data}
     paths = [p for p in case.folder.rglob("*") if p.is_file() and not outside & {p, *p.parents}]
@@ -199,6 +199,7 @@ def attempt(fault: Fault, seed: int, lab: Lab) -> Outcome:
         if outcome.equal:
             different = differences(case)
             outcome.equal, outcome.wrong = not different, outcome.wrong + different
+            outcome.wrong += [f"{p.name} left after success" for p in case.folder.rglob("*.part") if p.is_dir()]
     except Skipped as reason:
         outcome.skipped = str(reason)
     finally:

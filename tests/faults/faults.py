@@ -174,6 +174,7 @@ def few_files(case: Case) -> Steps:
 
 @fault("memory of a worker limited", "workers/training", "workers/test")
 def little_memory(case: Case) -> Steps:
+    """With `episodes.timeout` set to 20 seconds, as a worker may wait forever for a thread that could not start."""
     case.extra = ["episodes.timeout=20"]
     yield
     for worker in case.workers()[:1]:

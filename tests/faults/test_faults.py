@@ -13,7 +13,7 @@ from tests.faults.check import Outcome
 from tests.faults.faults import Fault
 from tests.faults.runs import Lab
 
-TRIES, SECONDS = 20, 200  # no injection begins later than this
+TRIES, SECONDS = 20, 300  # no injection begins later than this
 QUICK = "^(?!Slurm|W&B: never|second process frozen)"
 
 

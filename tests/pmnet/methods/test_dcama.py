@@ -12,7 +12,7 @@ from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods import dcama, from_release
 from pmnet.methods.dcama import DCAMA, Attended, DCAMAHead, conv3_of_enlarged, kept
 from tests.pmnet.methods.dense import DenseGolden, norm, part, random_feats
-from tests.pmnet.methods.ruled import assert_masks, assert_near
+from tests.pmnet.methods.ruled import assert_near
 
 LOSS = torch.nn.CrossEntropyLoss(ignore_index=255)
 CHANNELS, BLOCKS = (
@@ -50,7 +50,7 @@ def test_logits_loss_and_gradients(golden):
     query, support, masks = golden.features()
     with torch.no_grad():
         assert_near(head(query, support, masks), golden["logits"])
-        assert_masks(head.predict(query, support, masks), golden["logits"])
+        assert torch.equal(head.predict(query, support, masks), golden["pred"].bool())
     loss = head.loss(query, support, masks, golden["query_mask"], LOSS)
     assert_near(loss, golden["loss"].float())
     loss.backward()
