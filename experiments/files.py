@@ -1,20 +1,16 @@
 """JSON files that other processes may read at any time."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+
+from pmnet.replacing import replacing
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a new file and then replaces the old one with it, so that no reader sees half a file."""
-    part = path.with_suffix(f".{uuid4().hex}.part")  # several processes of a job may write this file
-    try:
+    with replacing(path) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from datamodules.episodes.sampler import Draw, Names, draw_in_turn, json_hash
 from datamodules.errors import DatasetError
 from datamodules.prepare.download import Download
 from datamodules.prepare.source import Source, visible
+from pmnet.replacing import replacing
 from pmnet.segment.images import decode, load_image
 
 MIN_AREA = 2 * 32 * 32  # an image is used for a class only if the class covers this many pixels of the original mask
@@ -265,7 +266,5 @@ def stems(folder: Path, suffix: str) -> list[str]:
 
 def write_png(pixels: np.ndarray, path: Path) -> None:
     """Writes (H, W) or (H, W, 3) uint8 pixels as PNG; an interrupted call leaves no partial file at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    Image.fromarray(pixels).save(part, format="PNG")
-    part.replace(path)
+    with replacing(path) as part:
+        Image.fromarray(pixels).save(part, format="PNG")

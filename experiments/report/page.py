@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
-from uuid import uuid4
 
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
@@ -21,6 +20,7 @@ from PIL import Image
 from experiments.report import figures, tables
 from experiments.report.collect import Found, Job
 from experiments.report.tables import Benchmark, Table
+from pmnet.replacing import replacing
 
 STATES = ("finished", "failed", "unfinished", "not started")
 WIDEST = 1000  # pixels of a panel on the page; smaller if there are more than 16 runs
@@ -73,9 +73,8 @@ def write(found: Found, out: Path) -> list[Benchmark]:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
-    part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="replace"))
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="replace"))
 
 
 def section(b: Benchmark) -> Section:

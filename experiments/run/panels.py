@@ -10,6 +10,7 @@ from torch import Tensor
 
 from datamodules import Episode, FewShotDataModule
 from datamodules.show import over
+from pmnet.replacing import replacing
 from pmnet.training.module import FewShotModule, TestResult
 
 matplotlib.use("Agg")
@@ -31,10 +32,15 @@ def draw(folder: Path, data: FewShotDataModule, module: FewShotModule, result: T
             pred = predict(module, episode)
             name = data.target.classes[int(episode.class_id)]
             row = (f"{kind}: {name}, IoU {result.episode_iou[index]:.0f}", episode, pred)
-            figure([row]).savefig(folder / f"{kind}-{rank}-episode{index}.png", dpi=80, bbox_inches="tight")
+            write(folder / f"{kind}-{rank}-episode{index}.png", [row], dpi=80)
             rows.append(row)
     if rows:
-        figure(rows).savefig(folder / "overview.png", dpi=60, bbox_inches="tight")
+        write(folder / "overview.png", rows, dpi=60)
+
+
+def write(path: Path, rows: list[tuple[str, Episode, Tensor]], dpi: int) -> None:
+    with replacing(path) as part:
+        figure(rows).savefig(part, format="png", dpi=dpi, bbox_inches="tight")
 
 
 @torch.no_grad()

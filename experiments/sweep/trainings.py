@@ -28,6 +28,7 @@ from experiments.run.checkpoints import in_run, put_aside
 from experiments.run.processes import is_first, processes_of_slurm
 from experiments.run.results import commit
 from pmnet.methods import Method
+from pmnet.replacing import replacing
 
 log = logging.getLogger(__name__)
 ABSENCE = 600  # seconds for which a training is reserved for its job that Slurm is going to restart
@@ -179,11 +180,9 @@ def copy_interrupted(run: Path, folder: Path, fingerprint: str) -> None:
     if read_json(run / "training.json").get("fingerprint") != fingerprint or not in_run(run, "last"):
         return
     log.info("Resuming the training that was interrupted in %s", run)
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     for path in sorted(run.glob("checkpoints/*.ckpt")):  # last.ckpt is copied last, as resuming needs it
-        part = folder / "checkpoints" / f"{path.name}.part"
-        shutil.copy(path, part)
-        os.replace(part, folder / "checkpoints" / path.name)
+        with replacing(folder / "checkpoints" / path.name) as part:
+            shutil.copy(path, part)
     for path in run.glob("metrics*.csv"):
         shutil.copy(path, folder / f"metrics-of-{run.name}{path.stem.removeprefix('metrics')}.csv")
 

@@ -2,12 +2,9 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import safetensors.torch
 import torch
@@ -15,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pmnet.memory import free_memory, free_memory_of
+from pmnet.replacing import replacing
 from pmnet.version import VERSION
 
 SPARE = 4e9  # bytes of memory that the cache leaves free
@@ -143,16 +141,12 @@ class FeatureCache:
         if self.room["disk"] < size:
             return False
         path = self.path(key)
-        part = path.with_suffix(f".{uuid4().hex}.part")
         on_cpu = {name: feature.cpu() for name, feature in entry.items()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(on_cpu, part, check_sums(on_cpu))
-            os.replace(part, path)
+            with replacing(path) as part:
+                safetensors.torch.save_file(on_cpu, part, check_sums(on_cpu))
         except (SafetensorError, OSError) as error:
             self.room["disk"] = 0
-            with suppress(OSError):
-                part.unlink()
             log.warning("Cannot write features to %s (%s). No more features are written to disk.", self.folder, error)
             return False
         self.room["disk"] -= size

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pmnet.errors import CheckpointError, SettingError, WeightsError
 from pmnet.files import read_file
+from pmnet.replacing import replacing
 from pmnet.segment.presence import Presence
 from pmnet.segment.recipe import Built, assembled
 from pmnet.version import VERSION
@@ -62,10 +63,8 @@ def write(path: Path, built: Built, keep_aspect: bool, shown: Mapping[str, "Show
         if each.close:
             classes[-1]["close"] = noted(each.close, f"class.{number}.close", tensors)
     recipe = built.recipe | {"classes": classes, "keep_aspect": keep_aspect, "version": VERSION}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(safetensors.torch.save(tensors, {"pmnet": json.dumps(recipe)}))  # save_file hides it from others
-    part.replace(path)
+    with replacing(path) as part:  # save_file would hide the file from other users
+        part.write_bytes(safetensors.torch.save(tensors, {"pmnet": json.dumps(recipe)}))
 
 
 def noted(shown: "Shown", prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

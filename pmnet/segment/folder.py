@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmnet.errors import ImageError, SettingError
+from pmnet.replacing import replacing
 from pmnet.segment import tiles
 from pmnet.segment.images import as_image, image_files
 
@@ -123,11 +123,10 @@ def continued(out: Path, setting: Mapping[str, Any]) -> set[str]:
             kept = [row for row in list(csv.reader(file))[1:] if len(row) == len(COLUMNS) and not row[-1]]
     times = Counter(row[0] for row in kept)
     kept = [row for row in kept if times[row[0]] == len(setting["classes"]) and (out / f"{row[0]}.png").is_file()]
-    with replacing(table).open("w", newline="", encoding="utf-8") as file:
+    with replacing(table) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *kept])
-    replacing(table).replace(table)
-    replacing(before).write_text(text, encoding="utf-8")
-    replacing(before).replace(before)
+    with replacing(before) as part:
+        part.write_text(text, encoding="utf-8")
     return {row[0] for row in kept}
 
 
@@ -141,20 +140,12 @@ def lines(name: str, result: "Result") -> list[list[Any]]:
     ]  # fmt: skip
 
 
-# Files; each is written beside its name first, so that a file under its own name is whole
-
-
-def replacing(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
 def write_mask(path: Path, mask: np.ndarray) -> None:
     """A PNG of (H, W) uint8 with the palette of PASCAL VOC."""
     image = Image.fromarray(mask)
     image.putpalette(palette().ravel().tolist())
-    image.save(replacing(path), "PNG")
-    replacing(path).replace(path)
+    with replacing(path) as part:
+        image.save(part, "PNG")
 
 
 def palette() -> np.ndarray:
@@ -173,8 +164,8 @@ def write_overlay(path: Path, image: "Tensor", result: "Result") -> None:
     """A JPEG of the photo, at most 1600 pixels wide and high, with what was found in colour."""
     photo = Image.fromarray(image.permute(1, 2, 0).numpy())
     drawn = overlay(photo, result.mask, LONGEST)
-    drawn.save(replacing(path), "JPEG", quality=90)
-    replacing(path).replace(path)
+    with replacing(path) as part:
+        drawn.save(part, "JPEG", quality=90)
 
 
 def overlay(photo: Image.Image, mask: np.ndarray, longest: int) -> Image.Image:
@@ -214,9 +205,8 @@ def write_coco(out: Path, images: Path, names: Mapping[Path, str], classes: tupl
         for k in np.unique(mask[mask > 0]).tolist():
             found.append({"id": len(found) + 1, "image_id": number, "category_id": k, **annotation(mask == k)})
     categories = [{"id": k, "name": name} for k, name in enumerate(classes, start=1)]
-    path = out / "annotations.json"
-    replacing(path).write_text(json.dumps({"images": entries, "annotations": found, "categories": categories}))
-    replacing(path).replace(path)
+    with replacing(out / "annotations.json") as part:
+        part.write_text(json.dumps({"images": entries, "annotations": found, "categories": categories}))
 
 
 def annotation(mask: np.ndarray) -> dict[str, Any]:

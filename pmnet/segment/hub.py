@@ -17,6 +17,7 @@ import safetensors.torch
 
 from pmnet.errors import SettingError, WeightsError
 from pmnet.files import read_file
+from pmnet.replacing import replacing
 from pmnet.segment import classfile
 from pmnet.segment.recipe import FLOORS, Built, build, located
 from pmnet.version import VERSION
@@ -129,11 +130,10 @@ def write(built: Built, folder: Path) -> None:
         )
     state = built.method.state_dict()
     tensors = {name: state[name].cpu().contiguous() for name in sorted(built.method.saved())}
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{WEIGHTS}.part"
-    part.write_bytes(safetensors.torch.save(tensors, {"pmnet": json.dumps(recipe)}))  # save_file hides it from others
-    part.replace(folder / WEIGHTS)
-    (folder / CARD).write_text(card(recipe, sum(tensor.numel() for tensor in tensors.values())), encoding="utf-8")
+    with replacing(folder / WEIGHTS) as part:  # save_file would hide the file from other users
+        part.write_bytes(safetensors.torch.save(tensors, {"pmnet": json.dumps(recipe)}))
+    with replacing(folder / CARD) as part:
+        part.write_text(card(recipe, sum(tensor.numel() for tensor in tensors.values())), encoding="utf-8")
 
 
 def card(recipe: Mapping[str, Any], values: int) -> str:

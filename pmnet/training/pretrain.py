@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from pmnet.backbones import Backbone
 from pmnet.errors import NonFiniteLossError
+from pmnet.replacing import replacing
 from pmnet.training.module import steps_of
 
 LAYERS = ("layer2", "layer3", "layer4")
@@ -100,4 +101,5 @@ class BackbonePretraining(L.LightningModule):
         """
         state = {k: v.half().contiguous().cpu() for k, v in self.backbone.trunk.state_dict().items()}
         state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-        path.write_bytes(safetensors.torch.save(state, {"trained_on": json.dumps(trained_on)}))
+        with replacing(path) as part:
+            part.write_bytes(safetensors.torch.save(state, {"trained_on": json.dumps(trained_on)}))
