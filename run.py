@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments.sweep import Sweep
+from experiments.sweep.jobs import end_with_parent
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -23,6 +24,7 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     wait = True
+    end_with_parent()
     try:
         main()
     except KeyboardInterrupt:  # a sweep's: a run takes the signal itself

@@ -53,7 +53,7 @@ def explained(folder: Path) -> Iterator[Outcome]:
     """
     accept_any_character()
     logging.raiseExceptions = False  # on a full disk, each line of run.log would be a traceback
-    jobs.end_with_parent()
+    os.environ[jobs.PARENT] = str(os.getpid())
     if is_first():
         for name in ("failure.json", "results.json"):  # of an earlier run in this folder
             (folder / name).unlink(missing_ok=True)

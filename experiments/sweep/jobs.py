@@ -189,10 +189,10 @@ def end_with_parent() -> None:
     """Makes the kernel end this process when the process of PMNet that started it ends, even if it is killed (Linux).
 
     A sweep starts jobs, and a job the other processes of its training. What has ended before this call can no longer
-    be noticed by the kernel, so a parent leaves its number to those that it starts, until its run has ended.
+    be noticed by the kernel, so a parent leaves its number to those that it starts, until its run has ended. Call it
+    before the imports that take seconds.
     """
-    parent, os.environ[PARENT] = os.environ.get(PARENT), str(os.getpid())
-    if parent:
+    if parent := os.environ.get(PARENT):
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
         if parent != str(os.getppid()):
