@@ -21,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.run.processes import is_first
 
 log = logging.getLogger(__name__)
+# W&B sends figures about itself, and a process would wait at its end, up to half a minute, for a server that is silent.
+os.environ.setdefault("OTEL_SDK_DISABLED", "true")
 # Names without fold and shot, so that W&B draws all runs of a metric in one chart.
 OVER_EPOCHS = {
     "val/miou": "max",
