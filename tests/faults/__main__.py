@@ -6,6 +6,7 @@ python -m tests.faults --tries 300 --seed 1
 import argparse
 import random
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="injections at a time (default: 1)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reliability.md", help="the file to write")
     args = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the runs too would ignore it
     console, outcomes = Console(soft_wrap=True, width=300), list[Outcome]()
     planned = plan(args.tries, args.seed, args.only)
     if args.again is not None:
