@@ -41,13 +41,17 @@ def ask(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def soon() -> Iterator[None]:
-    """Within it, a signal ends the process and all that it started, within `GRACE` seconds and a little."""
+    """Within it, a signal ends the process and all that it started, within `GRACE` seconds and a little.
+
+    A signal that the process was started to ignore, as `nohup` ignores SIGHUP, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as by nohup
+    before = {number: signal.signal(number, ask) for number in taken}
     fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, args=(reader,), daemon=True).start()
     try:
