@@ -1,5 +1,6 @@
 """The only entry. `python run.py --help` shows the choices, README.md the commands to begin with."""
 
+import os
 import signal
 import sys
 
@@ -9,14 +10,20 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.sweep import Sweep
 from experiments.sweep.jobs import end_with_parent
 
+TRACES = "HYDRA_FULL_ERROR"  # variable of the environment: 1 if a user wants the traceback of a wrong setting
+WANTED = os.environ.get(TRACES, "0")
+
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> float:
+    os.environ[TRACES] = WANTED
     from experiments.run.job import run_job  # torch takes seconds to import; `--help` need not wait for it
 
     return run_job(cfg)
@@ -25,8 +32,14 @@ def main(cfg: DictConfig) -> float:
 if __name__ == "__main__":
     wait = True
     end_with_parent()
+    os.environ[TRACES] = "1"  # until a run begins, Hydra passes on what is wrong, to be told here
     try:
         main()
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        if WANTED == "1":
+            raise
+        more = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        sys.exit(f"Error: {error}{more}")
     except KeyboardInterrupt:  # a sweep's: a run takes the signal itself
         wait = False
         sys.exit(130)

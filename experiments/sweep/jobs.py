@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def run_alone(cfg: DictConfig) -> float:
     folder, number = Path(hydra.runtime.output_dir), hydra.job.num
     given = {"hydra.run.dir": folder, "hydra.sweep.dir": hydra.sweep.dir, "hydra.job.num": number, "hydra.mode": "RUN"}
     command = [sys.executable, str(RUN), *config_flags(), *hydra.overrides.task]
-    command += [f"{key}={quoted(str(value))}" for key, value in given.items()]
+    command += [f"{key}={quoted(value)}" for key, value in given.items()]
     in_turn = hydra.launcher._target_.endswith("BasicLauncher")
     with ExitStack() as stack:
         free = {} if in_turn else stack.enter_context(reserved_gpus(cfg.trainer.accelerator, cfg.trainer.devices))
@@ -172,9 +173,16 @@ def config_flags() -> list[str]:
     return [*added, f"--config-name={hydra.job.config_name}"]
 
 
-def quoted(value: str) -> str:
-    """Quoted for Hydra's override grammar."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def quoted(value: object) -> str:
+    """Quoted for Hydra's override grammar, in which it means itself, with quotes, backslashes and `${` in it.
+
+    Example:
+        >>> print(quoted("it's ${x}"))
+        'it\\'s \\${x}'
+    """
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value))  # backslashes count only before
+    literal = re.sub(r"(\\*)'", r"\1\1\\'", literal)  # an interpolation (OmegaConf), a quote, and at the end (Hydra)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", literal) + "'"
 
 
 def exit_message(code: int) -> str:

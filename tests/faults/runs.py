@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from experiments.sweep.jobs import quoted
 from tests import slurm as cluster
 from tests.conftest import ROOT, TINY
 from tests.data import suim
@@ -66,10 +67,6 @@ TRAINING = ("start", "training", "validation", "checkpoint", "test", "panels")
 
 def run_py(case: "Case", *words: str) -> list[str]:
     return ["run.py", *words, f"dataset.root={quoted(case.data)}", f"hydra.run.dir={quoted(case.run)}", *case.extra]
-
-
-def quoted(path: Path) -> str:
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 @scene("train", *TRAINING, like="shared")

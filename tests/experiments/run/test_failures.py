@@ -8,6 +8,7 @@ import pytest
 
 from experiments.files import read_json, write_json
 from experiments.run.failures import as_message, write_failure
+from tests.conftest import run
 
 FLOCK = "FileSystem does not appear to support flock; use SoftFileLock instead"  # filelock's words
 
@@ -67,3 +68,12 @@ def test_full_disk_hides_no_message_and_leaves_no_part(tmp_path: Path, monkeypat
 )
 def test_memory_that_runs_out_is_one_message(error: Exception) -> None:
     assert "The memory of a process ran out" in (as_message(error) or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["${x}/a", "/proc/no"])
+def test_folder_that_cannot_be_is_one_message(folder: str) -> None:
+    done = run("dataset=synthetic", f"hydra.run.dir={folder}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr

@@ -9,8 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from experiments.files import read_json, write_json
 from experiments.sweep import jobs as sweep
@@ -317,3 +320,12 @@ def test_jobs_never_have_the_same_gpus(tmp_path: Path) -> None:
         t.join()
     assert free == {"a", "b", "c", "d"}
     assert most == 2
+
+
+def test_quoted_values_mean_themselves():
+    """To Hydra and then to OmegaConf, whatever quotes, backslashes and interpolations are in them."""
+    random, parser = np.random.default_rng(0), OverridesParser.create()
+    for _ in range(500):
+        value = "".join(random.choice(["a", "\\", "'", '"', "$", "{", "}", "${x}", "=", ",", "(", "é", " "], 8))
+        parsed = parser.parse_override(f"key={sweep.quoted(value)}").value()
+        assert OmegaConf.create({"key": parsed}).key == value
