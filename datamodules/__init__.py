@@ -3,5 +3,6 @@
 from datamodules.episodes.dataset import FewShotDataset
 from datamodules.episodes.episode import Episode
 from datamodules.episodes.module import FewShotDataModule
+from datamodules.episodes.protocol import Protocol
 
-__all__ = ["Episode", "FewShotDataModule", "FewShotDataset"]
+__all__ = ["Episode", "FewShotDataModule", "FewShotDataset", "Protocol"]

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from datamodules.episodes.dataset import Episodes, FewShotDataset
 from datamodules.episodes.module import FewShotDataModule
+from datamodules.episodes.protocol import Protocol
 from datamodules.errors import DatasetError
 from pmnet.errors import ImageError
 
@@ -70,5 +71,6 @@ def load_test_episodes(cfg: DictConfig) -> tuple[FewShotDataset, Episodes]:
         return data.target, data.test_dataset()
     e, class_ids = cfg.episodes, dataset.target_classes(dataset, "all")
     size = (e.image_size, e.image_size) if isinstance(e.image_size, int) else tuple(e.image_size)
-    specs = dataset.test_episodes(class_ids, e.test or dataset.test_length, cfg.shot.k, e.repeats)
-    return dataset, Episodes(dataset, specs, size)
+    protocol: Protocol = instantiate(cfg.protocol)
+    specs = protocol.sample(dataset, class_ids, e.test or protocol.count(dataset), cfg.shot.k, protocol.seed, e.repeats)
+    return dataset, Episodes(dataset, specs, size, protocol=protocol)

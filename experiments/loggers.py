@@ -135,6 +135,7 @@ class WandbLogger(LightningWandbLogger):
             for key in ("miou", "fb_iou"):
                 baselines = {f"test/baselines/{name}/{key}": s[key] for name, s in record["baselines"].items()}
                 run.summary.update({f"test/{key}": test[key], **baselines})
+            run.summary.update({f"test/absent/{key}": score for key, score in test.get("absent", {}).items()})
             if trained_by := record["training"].get("run"):  # no training if the method learns nothing
                 run.config.update({"trained_by": trained_by}, allow_val_change=True)
             pictures = sorted((folder / "predictions").glob("*-episode*.png"))

@@ -174,9 +174,9 @@ class Benchmark(FewShotDataset):
         return self._images[class_id]
 
     def test_episodes(
-        self, class_ids: Sequence[int], count: int, shot: int, repeats: bool | None = None
+        self, class_ids: Sequence[int], count: int, shot: int, repeats: bool | None = None, seed: int = 0
     ) -> list[EpisodeSpec]:
-        draw = Draw(repeats is not False)
+        draw = Draw(repeats is not False, seed)
         images = self.images(class_ids, "test", 1 if draw.repeats else shot)
         return self.draw(class_ids, images, count, shot, draw)
 

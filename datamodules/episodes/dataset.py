@@ -8,10 +8,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from datamodules.episodes.augment import Augment, augmented, seeded
 from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
+from datamodules.episodes.protocol import HSNET, Protocol
 from datamodules.episodes.sampler import Images, PlainDraw, TrainingEpisodes, draw_in_turn
 from datamodules.errors import DatasetError
 from pmnet.segment.images import resize_image, resize_mask
@@ -181,7 +183,7 @@ class FewShotDataset(ABC):
         return [c for c in range(len(self.classes)) if c not in few]
 
     def test_episodes(
-        self, class_ids: Sequence[int], count: int, shot: int, repeats: bool | None = None
+        self, class_ids: Sequence[int], count: int, shot: int, repeats: bool | None = None, seed: int = 0
     ) -> list[EpisodeSpec]:
         """Samples the list of test episodes. The same arguments always give the same list.
 
@@ -191,6 +193,7 @@ class FewShotDataset(ABC):
             shot: number of support images, K.
             repeats: whether an image may appear twice among the K supports. None uses the dataset's default: the
                 published protocol of a benchmark, no repeats for other images.
+            seed: of the draws; 0 in all published lists.
 
         Returns:
             `count` episode specs.
@@ -200,7 +203,7 @@ class FewShotDataset(ABC):
         """
         repeats = bool(repeats)
         images = self.images(class_ids, "test", 1 if repeats else shot)
-        return draw_in_turn(images, count, shot, PlainDraw(repeats))
+        return draw_in_turn(images, count, shot, PlainDraw(repeats, seed))
 
     @classmethod
     def common_name(cls, name: str) -> str:
@@ -302,6 +305,7 @@ class Episodes(Dataset[Episode]):
         size: (H, W) of the tensors.
         ignored: ids of classes whose pixels become 255 in the query masks.
         cache: image name -> resized image and index mask, used instead of the files.
+        protocol: how images get their size and where masks are compared; only without `cache` and `augment`.
         augment: changes each image and its mask at random, before they are resized, or after it if they come from the
             cache; only for `TrainingEpisodes`.
 
@@ -321,9 +325,10 @@ class Episodes(Dataset[Episode]):
         ignored: Sequence[int] = (),
         cache: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         augment: Augment | None = None,
+        protocol: Protocol = HSNET,
     ) -> None:
         self.dataset, self.specs, self.size = dataset, specs, size
-        self.ignored, self.cache, self.augment = tuple(ignored), cache, augment
+        self.ignored, self.cache, self.augment, self.protocol = tuple(ignored), cache, augment, protocol
 
     def __len__(self) -> int:
         return self.specs.per_epoch if isinstance(self.specs, TrainingEpisodes) else len(self.specs)
@@ -332,7 +337,8 @@ class Episodes(Dataset[Episode]):
     def episode_bytes(self) -> int:
         """Size of one episode's images and masks."""
         spec = self.specs[0, 0] if isinstance(self.specs, TrainingEpisodes) else self.specs[0]
-        return 4 * self.size[0] * self.size[1] * (1 + len(spec.supports))
+        truth = self.truth(spec).nbytes if self.protocol.scored == "photo" else 0
+        return 4 * self.size[0] * self.size[1] * (1 + len(spec.supports)) + truth
 
     def __getitem__(self, key: int | tuple[int, int]) -> Episode:
         """Reads a single episode, without the batch axis.
@@ -352,7 +358,13 @@ class Episodes(Dataset[Episode]):
             class_id=torch.tensor(spec.class_id),
             index=torch.tensor(key if isinstance(key, int) else key[1]),
             spec=[spec],
+            truth=[self.truth(spec)] if self.protocol.scored == "photo" else [],
         )
+
+    def truth(self, spec: EpisodeSpec) -> Tensor:
+        """The query's mask in the photo's own size; 255 around it if images are padded."""
+        mask = self.dataset.read_mask(spec.query, spec.class_id)
+        return mask if self.protocol.fit == "squeeze" else on_canvas(mask, self.size)
 
     def draws(self, key: int | tuple[int, int]) -> AbstractContextManager[None]:
         """Makes the augmentation of a training episode depend only on (seed, epoch, index)."""
@@ -370,7 +382,8 @@ class Episodes(Dataset[Episode]):
         if self.cache is not None:
             image, index = self.cache[name]
         elif self.augment is None:
-            image, index = resized(self.dataset, name, self.size)
+            fit = resized if self.protocol.fit == "squeeze" else padded
+            image, index = fit(self.dataset, name, self.size)
         else:
             image, index = self.dataset.read_image(name), self.dataset.read_index(name)
         mask = self.dataset.of_class(index, class_id)
@@ -395,3 +408,25 @@ def resized(dataset: FewShotDataset, name: str, size: tuple[int, int]) -> tuple[
         The (3, H, W) uint8 image and the (H, W) uint8 index mask.
     """
     return resize_image(dataset.read_image(name), size), resize_mask(dataset.read_index(name), size)
+
+
+def padded(dataset: FewShotDataset, name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Like `resized`, but keeps the aspect ratio, see `Protocol.fit`; what remains is black, 255 in the index mask."""
+    image, index = dataset.read_image(name), dataset.read_index(name)
+    new, old = scale(index, size)
+    h, w = (max(8, side * new // old // 8 * 8) for side in index.shape)
+    margin = (0, size[1] - w, 0, size[0] - h)
+    return pad(resize_image(image, (h, w)), margin), pad(resize_mask(index, (h, w)), margin, value=IGNORE)
+
+
+def on_canvas(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """The mask (h, w) of a photo at the top left of 255, in the aspect ratio of `size`: the padded image, enlarged."""
+    new, old = scale(mask, size)
+    H, W = (max(photo, side * old // new) for photo, side in zip(mask.shape, size, strict=True))
+    return pad(mask, (0, W - mask.shape[1], 0, H - mask.shape[0]), value=IGNORE)
+
+
+def scale(mask: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+    """(new, old) length of the side by which an image (h, w) just fits into `size`."""
+    pairs = list(zip(size, mask.shape, strict=True))
+    return min(pairs, key=lambda pair: pair[0] / pair[1])

@@ -113,7 +113,7 @@ def collate(episodes: list[Episode]) -> Episode:
     """
     batch = Episode.collate(episodes)
     if get_worker_info() is not None:
-        for tensor in vars(batch).values():
+        for tensor in [*vars(batch).values(), *batch.truth]:
             if isinstance(tensor, torch.Tensor):
                 tensor.share_memory_()
     return batch

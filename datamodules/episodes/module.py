@@ -1,22 +1,28 @@
 """The LightningDataModule: training, validation and test episodes of one fold of one setting."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 
+from datamodules.episodes.absent import AbsentSpec, WithAbsent, count_absent, draw_absent
 from datamodules.episodes.augment import Augment, named
 from datamodules.episodes.cache import ImageCache
 from datamodules.episodes.dataset import Episodes, FewShotDataset, Fold, Split
 from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
 from datamodules.episodes.loader import EpisodeLoader, TrainingLoader, check_shared_memory, collate, start_worker
-from datamodules.episodes.sampler import EpochSampler, TrainingEpisodes, json_hash, list_hash
+from datamodules.episodes.protocol import HSNET, Protocol
+from datamodules.episodes.sampler import EpochSampler, Images, TrainingEpisodes, json_hash, list_hash
 from datamodules.episodes.tasks import check_pair, same_benchmark
 from datamodules.errors import DatasetError
+from datamodules.progress import track
 from datamodules.registry import all_datasets
 
 log = logging.getLogger(__name__)
@@ -73,12 +79,16 @@ class FewShotDataModule(L.LightningDataModule):
         per_epoch: training episodes per epoch, rounded up to whole batches. None: one per (image, class) pair, or one
             per image if the dataset is balanced.
         val: number of validation episodes; None: as many as in the published test of the dataset.
-        test: number of test episodes; None: as published.
-        novel_pixels: how pixels of novel classes are labelled in training queries: "background", as in the published
-            protocols, or "ignore", which excludes them from the loss.
+        test: number of test episodes; None: as the protocol says.
+        novel_pixels: what training does with pixels of novel classes: "background", as in most published protocols,
+            labels them so; "ignore" excludes them from the loss; "remove" leaves out the images that show them.
         workers: worker processes that read images, per training process; 0 reads in the training process itself.
         timeout: seconds without a batch after which the workers count as stuck.
-        seed: seed of the training episodes. The test list always uses seed 0, as published lists do.
+        protocol: conventions of the test.
+        test_seeds: number of test lists, each with a seed of its own; None: as the protocol says.
+        absent: share of test episodes whose query shows none of the class, at least 0, less than 1. They are added to
+            each test list, which itself stays as it is.
+        seed: seed of the training episodes. Test lists have seeds of their own, see `protocol`.
         repeats: whether an image may appear twice among the K supports of a test episode; None: as published.
         cache: folder for a cache of resized images; None reads and resizes the files each time.
         augment: changes each training image and its mask at random, see `datamodules/episodes/augment.py`; None or an
@@ -126,19 +136,27 @@ class FewShotDataModule(L.LightningDataModule):
         target: FewShotDataset | None = None,
         validation: FewShotDataset | None = None,
         timeout: float = 300,
+        protocol: Protocol = HSNET,
+        test_seeds: int | None = None,
+        absent: float = 0,
     ) -> None:
         super().__init__()
         sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
         if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise DatasetError(f"episodes.image_size must be one or two positive whole numbers, not {image_size}.")
-        if novel_pixels not in ("background", "ignore"):
-            raise DatasetError(f"episodes.novel_pixels must be one of background, ignore, not {novel_pixels}.")
+        if novel_pixels not in ("background", "ignore", "remove"):
+            raise DatasetError(f"episodes.novel_pixels must be one of background, ignore, remove, not {novel_pixels}.")
         counts = {"shot.k": shot, "train_shot": train_shot, "episodes.batch_size": batch_size}
         counts |= {"episodes.test_batch_size": test_batch_size}
+        counts |= {"test_seeds": test_seeds} if test_seeds is not None else {}
         counts |= {f"episodes.{n}": c for n, c in (("val", val), ("test", test)) if c is not None}
         for name, count in counts.items():
             if count < 1:
                 raise DatasetError(f"{name} must be 1 or more, not {count}.")
+        if not 0 <= absent < 1:
+            raise DatasetError(
+                f"episodes.absent is a share of the test episodes: it must be at least 0 and less than 1, not {absent}."
+            )
         check_pair(task, dataset, target)
         self.dataset, self.fold, self.shot, self.train_shot = dataset, fold, shot, train_shot
         self.target, self.validation = target or dataset, validation or dataset
@@ -148,6 +166,10 @@ class FewShotDataModule(L.LightningDataModule):
         self.per_epoch, self.val, self.test, self.repeats = per_epoch, val, test, repeats
         self.novel_pixels, self.seed = novel_pixels, seed
         self.workers, self.timeout = workers, timeout
+        self.protocol = protocol
+        self.test_seeds = range(protocol.seed, protocol.seed + (test_seeds or protocol.lists))
+        self.test_seed = protocol.seed  # of the list that `test_dataloader` reads
+        self.absent = absent
         self.cache = Path(cache).expanduser() if cache else None
         self.augment = augment if callable(augment) else None
 
@@ -211,15 +233,81 @@ class FewShotDataModule(L.LightningDataModule):
     @cached_property
     def train_specs(self) -> TrainingEpisodes:
         """The training episodes of all epochs."""
-        images = self.dataset.images(self.train_choice.class_ids, "train", self.train_shot)
+        images = self.without_novel(self.dataset.images(self.train_choice.class_ids, "train", self.train_shot))
         return TrainingEpisodes(images, self.train_shot, self.seed, self.dataset.balanced)
 
+    def without_novel(self, images: Images) -> Images:
+        """Training images of each class; without those that show a novel class, if these are removed.
+
+        Raises:
+            DatasetError: a class has too few images left.
+        """
+        if self.novel_pixels != "remove":
+            return images
+        left: dict[int, Sequence[str]] = {
+            c: [name for name in names if name not in self.show_novel] for c, names in images.items()
+        }
+        few = {c: len(names) for c, names in left.items() if len(names) <= self.train_shot}
+        if few:
+            raise DatasetError(
+                "Without the images that show a novel class, too few are left to train on: "
+                f"{self.dataset.counted(few)}. Set episodes.novel_pixels=ignore, or choose another fold."
+            )
+        return left
+
     @cached_property
+    def show_novel(self) -> frozenset[str]:
+        """Names of the training images that have a pixel of a novel class. Reads all their masks."""
+        if not self.maskable:
+            return frozenset()
+        novel = torch.tensor([c + 1 for c in self.novel_class_ids], dtype=torch.uint8)
+        names = sorted({n for c in self.train_choice.class_ids for n in self.dataset.images_of(c, "train")})
+
+        def shows(name: str) -> bool:
+            return bool(torch.isin(self.dataset.read_index(name), novel).any())
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(track(pool.map(shows, names), "Looking for novel classes in training images", len(names)))
+        return frozenset(name for name, novel_there in zip(names, found, strict=True) if novel_there)
+
+    @property
+    def novel_class_ids(self) -> list[int]:
+        """Ids of the classes of the training dataset that the fold holds out; none if it is "all"."""
+        return [] if self.fold == "all" else self.dataset.novel_classes(self.fold)
+
+    @property
+    def maskable(self) -> bool:
+        """Whether a mask can show novel classes. In FSS-1000, it shows only the class of its own image."""
+        return len(self.dataset.classes) < IGNORE and bool(self.novel_class_ids)
+
+    @cached_property
+    def test_lists(self) -> dict[int, list[EpisodeSpec]]:
+        """Seed -> list of test episodes."""
+        count = self.test or self.protocol.count(self.target)
+        setting = self.target, self.test_choice.class_ids, count, self.shot
+        lists = {seed: self.protocol.sample(*setting, seed, self.repeats) for seed in self.test_seeds}
+        self.warn_of_missing_classes(lists[self.protocol.seed], self.target, self.test_class_ids, "test")
+        return lists
+
+    @property
     def test_specs(self) -> list[EpisodeSpec]:
-        """The list of test episodes."""
-        count = self.test or self.target.test_length
-        specs = self.target.test_episodes(self.test_choice.class_ids, count, self.shot, self.repeats)
-        return self.warn_of_missing_classes(specs, self.target, self.test_class_ids, "test")
+        """The list of test episodes that `test_seed` chooses."""
+        return self.test_lists[self.test_seed]
+
+    @cached_property
+    def absent_lists(self) -> dict[int, list[AbsentSpec]]:
+        """Seed -> list of test episodes whose query shows none of the class. Reads the masks of their queries."""
+        split = "test" if self.protocol.draw == "benchmark" else self.protocol.split
+        images = {c: self.target.images_of(c, split) for c in self.test_class_ids} if self.absent else {}
+        return {
+            seed: draw_absent(self.target, images, specs, count_absent(self.absent, len(specs)), seed)
+            for seed, specs in self.test_lists.items()
+        }
+
+    @property
+    def absent_specs(self) -> list[AbsentSpec]:
+        """The absent episodes that `test_seed` chooses; they follow those of `test_specs`."""
+        return self.absent_lists[self.test_seed]
 
     @cached_property
     def val_specs(self) -> list[EpisodeSpec]:
@@ -279,7 +367,9 @@ class FewShotDataModule(L.LightningDataModule):
             "novel_classes": self.test_classes,
             "base_classes": self.base_classes,
             "test_episodes": len(self.test_specs),
-            "episode_list_sha256": list_hash(self.test_specs),
+            "episode_list_sha256": list_hash(self.test_lists[self.protocol.seed]),
+            "protocol": self.protocol.record() | {"seeds": list(self.test_seeds)},
+            **self.record_absent(),
             **self.record_left_out("train", "val", "test"),
         }
 
@@ -306,6 +396,14 @@ class FewShotDataModule(L.LightningDataModule):
             **self.record_left_out("train", "val"),
         }
 
+    def record_absent(self) -> dict[str, object]:
+        """The entry `absent` of a record; no entry if there are no absent episodes."""
+        if not self.absent:
+            return {}
+        specs = self.absent_lists[self.protocol.seed]
+        rows = json_hash([spec.row() for spec in specs])
+        return {"absent": {"share": self.absent, "episodes": len(specs), "episode_list_sha256": rows}}
+
     def record_left_out(self, *parts: str) -> dict[str, object]:
         """The entry `classes_left_out` of a record; no entry if every class of these parts has enough images."""
         left_out = {part: self.classes_left_out[part] for part in parts}
@@ -320,7 +418,8 @@ class FewShotDataModule(L.LightningDataModule):
     @property
     def train_lists(self) -> dict[str, list[str]]:
         """Training class -> names of its images."""
-        return lists_of(self.dataset, self.base_class_ids, "train")
+        images = {c: self.dataset.images_of(c, "train") for c in self.base_class_ids}
+        return {self.dataset.classes[c]: list(names) for c, names in self.without_novel(images).items()}
 
     # Batches
 
@@ -330,15 +429,18 @@ class FewShotDataModule(L.LightningDataModule):
         Raises:
             DatasetError: a file is missing, or a class has too few images and may not be left out.
         """
-        self.target.check(names_of(self.test_specs))
+        for specs in self.test_lists.values():
+            self.target.check(names_of(specs))
+        for absent in self.absent_lists.values():
+            self.target.check(names_of([spec.episode for spec in absent]))
         if stage == "fit":
             self.dataset.check(names for c in self.train_specs.images.values() for names in c)
             self.validation.check(names_of(self.val_specs))
         _ = self.classes_left_out  # logs a warning
 
     def test_dataset(self) -> Episodes:
-        """The test episodes as a map-style dataset of single episodes."""
-        return Episodes(self.target, self.test_specs, self.image_size)
+        """The test episodes, without the absent ones, as a map-style dataset of single episodes."""
+        return Episodes(self.target, self.test_specs, self.image_size, protocol=self.protocol)
 
     def train_dataloader(self) -> DataLoader[Episode]:
         process, processes = self.rank
@@ -349,9 +451,7 @@ class FewShotDataModule(L.LightningDataModule):
         wanted = self.per_epoch or self.train_specs.per_epoch
         length = -(-wanted // self.batch_size) * self.batch_size
         sampler = EpochSampler(length, self.batch_size, process, processes)
-        novel = self.dataset.novel_classes(self.fold) if self.fold != "all" else []
-        one_class = len(self.dataset.classes) >= IGNORE  # FSS-1000: a mask shows only the class of its own image
-        ignored = novel if self.novel_pixels == "ignore" and not one_class else []
+        ignored = self.novel_class_ids if self.novel_pixels == "ignore" and self.maskable else []
         every_class = range(len(self.dataset.classes))  # one cache for all folds
         names = (n for c in every_class for n in self.dataset.images_of(c, "train"))
         cache = self.cache_of(self.dataset, names)
@@ -366,7 +466,9 @@ class FewShotDataModule(L.LightningDataModule):
         return self.eval_loader(episodes, keep_workers=True)
 
     def test_dataloader(self) -> DataLoader[Episode]:
-        return self.eval_loader(self.test_dataset(), keep_workers=False)
+        """The test episodes, and after them the absent ones."""
+        episodes = self.test_dataset()
+        return self.eval_loader(WithAbsent(episodes, self.absent_specs) if self.absent else episodes, False)
 
     def eval_loader(self, episodes: Episodes, keep_workers: bool) -> DataLoader[Episode]:
         """Splits the list among the processes: each episode exactly once, in shares that may differ by one."""

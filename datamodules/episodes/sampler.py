@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
+from random import Random
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -54,6 +55,17 @@ class PlainDraw(Draw):
         return int(self.random.choice(n))
 
 
+class PythonDraw(Draw):
+    """Random draws with Python's generator, in the way of PFENet's program and those after it."""
+
+    def __init__(self, repeats: bool = False, seed: int = 0) -> None:
+        super().__init__(repeats, seed)
+        self.python = Random(seed)
+
+    def index(self, n: int) -> int:
+        return self.python.randrange(n)
+
+
 # The functions below sample test lists. Each class in `images` needs at least 2 images (K + 1 without repeats).
 
 
@@ -70,7 +82,7 @@ def draw_in_turn(images: Images, episodes: int, shot: int, draw: Draw) -> list[E
 
 
 def draw_any_class(images: Images, episodes: int, shot: int, draw: Draw) -> list[EpisodeSpec]:
-    """Draws a random class, then a random query of this class (COCO-20i: HSNet)."""
+    """Draws a random class, then a random query of this class (COCO-20i: HSNet; PANet)."""
     classes = sorted(images)
     drawn = []
     for _ in range(episodes):
@@ -88,6 +100,20 @@ def draw_listed(
     drawn = []
     for i in range(episodes):
         query, class_id = queries[i % len(queries)]
+        drawn.append(EpisodeSpec(query, draw.supports(images[class_id], query, shot), class_id))
+    return drawn
+
+
+def draw_each_image(images: Images, episodes: int, shot: int, draw: Draw) -> list[EpisodeSpec]:
+    """Cycles through the images in the order of their names and draws one of the classes of each (PFENet)."""
+    classes: dict[str, list[int]] = {}
+    for class_id in sorted(images):
+        for name in images[class_id]:
+            classes.setdefault(name, []).append(class_id)
+    queries, drawn = sorted(classes), []
+    for i in range(episodes):
+        query = queries[i % len(queries)]
+        class_id = classes[query][draw.index(len(classes[query]))]
         drawn.append(EpisodeSpec(query, draw.supports(images[class_id], query, shot), class_id))
     return drawn
 

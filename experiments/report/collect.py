@@ -23,7 +23,15 @@ UNSHAPING = {  # config values that may differ between runs of one table row
     *("backbone.weights", "backbone.download", "episodes._target_", "episodes.dataset", "episodes.target"),
     *("episodes.validation", "episodes.task", "episodes.fold", "episodes.shot", "episodes.train_shot"),
     *("episodes.seed", "episodes.cache", "episodes.augment", "episodes.workers", "episodes.timeout"),
-    "episodes.test_batch_size",
+    *("episodes.test_batch_size", "episodes.protocol", "episodes.test_seeds", "protocol", "test_seeds"),
+}
+PROTOCOL = {  # of records that name none
+    "name": "hsnet",
+    "draw": "benchmark",
+    "split": "test",
+    "fit": "squeeze",
+    "scored": "network",
+    "seeds": [0],
 }
 OF_TRAINING = {  # config values that affect training only; a test of trained weights takes them from the training run
     *("optimizer", "scheduler", "loss", "augment", "trainer", "train_shot", "validation", "model.dropout"),
@@ -94,6 +102,8 @@ class Job:
     def config(self) -> dict[str, Any]:
         """The values that affect the run's numbers, by dotted name."""
         values = {"model": self.setting.get("model", "pmnet"), "weights": self.weights}
+        protocol = PROTOCOL | self.record.get("episodes", {}).get("protocol", {})
+        values |= {"protocol" if name == "name" else f"protocol.{name}": value for name, value in protocol.items()}
         shaping = {k: v for k, v in flat(self.record.get("config", {})) if not within(k, UNSHAPING)}
         if self.training_free:
             return values | {k: v for k, v in shaping.items() if not within(k, OF_TRAINING)}

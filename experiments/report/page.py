@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.report import figures, tables
+from experiments.report import figures, made, tables
 from experiments.report.collect import Found, Job
 from experiments.report.tables import Benchmark, Table
 from pmnet.replacing import replacing
@@ -35,6 +35,7 @@ class Section:
     miou: Table
     fb_iou: Table
     per_class: Table
+    made: Table
     figures: list[tuple[str, str, bytes]] = field(default_factory=list)
     class_figures: list[tuple[str, str, bytes]] = field(default_factory=list)
 
@@ -80,7 +81,7 @@ def replace(path: Path, content: str | bytes) -> None:
 def section(b: Benchmark) -> Section:
     pair = b.dataset if b.dataset == b.target else f"{b.dataset}-{b.target}"
     name = re.sub(r"[^\w-]+", "-", f"{b.task}-{pair}-{b.backbone}")
-    result = Section(b.title, name, tables.miou(b), tables.fb_iou(b), tables.per_class(b))
+    result = Section(b.title, name, tables.miou(b), tables.fb_iou(b), tables.per_class(b), made.table(b))
     result.figures = as_png("mIoU by fold", f"folds-{name}", figures.folds(b))
     for i, s in enumerate(figures.leading(b)):
         if any(s.classes(*key) for key in s.runs):
@@ -134,7 +135,8 @@ def markdown(found: Found, sections: Sequence[Section], overall: Sequence[tuple[
     for s in sections:
         lines += [f"## {tables.plain(s.title)}\n", tables.markdown(s.miou), *pictures(s.figures)]
         lines += [tables.markdown(s.fb_iou), tables.markdown(s.per_class), *pictures(s.class_figures)]
-    return "\n".join([*lines, *pictures(overall)])
+    lines += [*pictures(overall), f"## {made.TITLE}\n", *(tables.markdown(s.made) for s in sections)]
+    return "\n".join(lines)
 
 
 def html(found: Found, sections: list[Section], overall: list[tuple[str, str, bytes]], out: Path) -> str:
@@ -148,6 +150,7 @@ def html(found: Found, sections: list[Section], overall: list[tuple[str, str, by
         missing=missing(found),
         notes=found.notes,
         sections=sections,
+        made_title=made.TITLE,
         figures=overall,
         png=lambda content: source(content, "png"),
         panels=panels(found.tested),

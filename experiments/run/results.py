@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import lightning as L
@@ -17,12 +18,23 @@ from rich.table import Table
 from torch import nn
 
 from datamodules import FewShotDataModule
+from datamodules.episodes.sampler import list_hash
 from experiments.files import read_json
 from experiments.run.checkpoints import Checkpoint
 from pmnet.methods import Method
+from pmnet.replacing import replacing
 from pmnet.training.module import TestResult
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy", "pillow")
+
+ABSENT = {  # scores of absent episodes -> their rows of the printed table
+    "false_positive": "absent: pixels marked",
+    "confused": "absent: pixels of the other class marked",
+    "marked": "absent: images marked",
+    "presence_accuracy": "presence accuracy",
+    "presence_auroc": "presence AUROC",
+}
+ABSENT_COLUMNS = ["shown", "marked"]  # in episodes.csv: the class that is shown instead, percentage of pixels marked
 
 
 def make(
@@ -30,7 +42,7 @@ def make(
     data: FewShotDataModule,
     network: Method,
     trainer: L.Trainer,
-    result: TestResult,
+    lists: list[TestResult],
     untrained: TestResult | None,
     checkpoint: Checkpoint | None,
     clock: dict[str, float],
@@ -38,14 +50,14 @@ def make(
     """The record of a run, as plain values.
 
     Args:
-        result: scores of the test.
+        lists: scores of each test list; the record has their means.
         untrained: scores of the network before training, if it was tested.
         checkpoint: the tested checkpoint; None for a method that learns nothing.
         clock: times in seconds at "start", "fit" (if it trained), "test" and "end".
     """
     names = data.test_classes
     choices = HydraConfig.get().runtime.choices
-    baselines = result.baselines | ({"untrained": untrained.scores} if untrained else {})
+    baselines = mean([result.baselines for result in lists]) | ({"untrained": untrained.scores} if untrained else {})
     trained = checkpoint.record if checkpoint else {}
     seen = data.seen(trained["base_classes"], trained["dataset"]) if trained else []
     unknown = checkpoint is not None and checkpoint.released
@@ -55,8 +67,9 @@ def make(
         | {g: choices[g] for g in ("task", "dataset", "backbone", "model")}
         | {"method": network.title or type(network).__name__}
         | {"fold": cfg.fold.index, "folds": 0 if cfg.fold.index == "all" else len(data.dataset.folds)}
-        | {"shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed},
-        "test": scores(result.scores, names),
+        | {"shot": cfg.shot.k, "train_shot": cfg.train_shot, "seed": cfg.seed, "protocol": data.protocol.name}
+        | {"published_protocol": network.protocol or None},
+        "test": scores(mean([result.scores for result in lists]), names) | spread(data, lists),
         "baselines": {name: scores(raw, names) for name, raw in baselines.items()},
         "episodes": data.provenance,
         "backbone": network.backbone.provenance.as_dict(),
@@ -110,9 +123,32 @@ def selection(validation: dict[str, Any], data: FewShotDataModule) -> str:
     return f"{best}, on classes other than the tested ones"
 
 
+def spread(data: FewShotDataModule, lists: list[TestResult]) -> dict[str, Any]:
+    """Standard deviation (of a sample) and scores of each of several test lists; empty for a single one."""
+    if len(lists) == 1:
+        return {}
+    rows: list[dict[str, Any]] = [
+        {"seed": seed, "episode_list_sha256": list_hash(data.test_lists[seed])}
+        | {name: round(result.scores[name], 4) for name in ("miou", "fb_iou")}
+        for seed, result in zip(data.test_seeds, lists, strict=True)
+    ]
+    return {"std": {n: round(stdev(row[n] for row in rows), 4) for n in ("miou", "fb_iou")}, "lists": rows}
+
+
+def mean(values: list[Any]) -> Any:
+    """The mean of numbers, of each entry of lists, or of each value of dicts with the same keys."""
+    if isinstance(values[0], dict):
+        return {name: mean([value[name] for value in values]) for name in values[0]}
+    if isinstance(values[0], list):
+        return [mean(list(entries)) for entries in zip(*values, strict=True)]
+    return fmean(values)
+
+
 def scores(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
     per_class = {name: round(iou, 4) for name, iou in zip(names, raw["iou_per_class"], strict=True)}
-    return {"miou": round(raw["miou"], 4), "fb_iou": round(raw["fb_iou"], 4), "iou_per_class": per_class}
+    absent = {name: round(score, 4) for name, score in raw.get("absent", {}).items()}
+    found = {"miou": round(raw["miou"], 4), "fb_iou": round(raw["fb_iou"], 4), "iou_per_class": per_class}
+    return found | ({"absent": absent} if absent else {})
 
 
 def origin(cfg: DictConfig) -> dict[str, Any]:
@@ -146,15 +182,22 @@ def frozen(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if not p.requires_grad)
 
 
-def write_episodes(path: Path, data: FewShotDataModule, result: TestResult) -> None:
-    """Writes one row for each test episode: index, class, query, supports, IoU."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "class", "query", "supports", "iou"])
-        for index, iou in sorted(result.episode_iou.items()):
-            spec = data.test_specs[index]
-            name = data.target.classes[spec.class_id]
-            writer.writerow([index, name, spec.query, json.dumps(spec.supports), f"{iou:.2f}"])
+def write_episodes(folder: Path, data: FewShotDataModule, lists: list[TestResult]) -> None:
+    """Writes `episodes.csv`: one row for each test episode. Further lists get a file each, `episodes-seed1.csv`."""
+    for seed, result in zip(data.test_seeds, lists, strict=True):
+        name = "episodes.csv" if seed == data.protocol.seed else f"episodes-seed{seed}.csv"
+        with replacing(folder / name) as part, part.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["index", "class", "query", "supports", "iou", *(ABSENT_COLUMNS if data.absent else ())])
+            for index, iou in sorted(result.episode_iou.items()):
+                spec = data.test_lists[seed][index]
+                name = data.target.classes[spec.class_id]
+                writer.writerow([index, name, spec.query, json.dumps(spec.supports), f"{iou:.2f}"])
+            for index, marked in sorted(result.absent_marked.items()):
+                absent = data.absent_lists[seed][index - len(data.test_lists[seed])]
+                name, shown = (data.target.classes[c] for c in (absent.class_id, absent.shown))
+                row = [index, name, absent.query, json.dumps(absent.supports), "", shown, f"{marked:.2f}"]
+                writer.writerow(row)
 
 
 def print_setting(cfg: DictConfig, data: FewShotDataModule, network: Method) -> None:
@@ -202,7 +245,13 @@ def print_scores(record: dict[str, Any], folder: Path) -> None:
         table.add_row(escape(name), *(f"{c['iou_per_class'][name]:.1f}" for c in columns.values()))
     table.add_section()
     table.add_row("mIoU", *(f"[bold]{c['miou']:.1f}[/]" for c in columns.values()))
+    if "std" in test:
+        table.add_row(f"std over {len(test['lists'])} lists", f"{test['std']['miou']:.1f}")
     table.add_row("FB-IoU", *(f"{c['fb_iou']:.1f}" for c in columns.values()))
+    if "absent" in test:
+        table.add_section()
+        for key, words in ABSENT.items():
+            table.add_row(words, *(f"{c['absent'][key]:.1f}" for c in columns.values()))
     console = Console(soft_wrap=True)
     console.print(table)
     seen = record["tested_classes_seen_in_training"]

@@ -55,6 +55,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         floors,
         interval,
         recipe_of(cfg, data),
+        len(data.test_specs) if data.absent else None,
     )
     trainer = make_trainer(cfg, folder, loggers, [StepSeed(cfg.seed), EpochLog(), *checkpoints.callbacks(folder)])
     if trainer.is_global_zero:
@@ -62,7 +63,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
 
     clock, untrained = {"start": time.time()}, None
     if learns and cfg.untrained:
-        untrained = test(trainer, module, data, None)
+        untrained = test(trainer, module, data, None, data.protocol.seed)
     tested = start
     if learns:
         clock["fit"] = time.time()
@@ -70,14 +71,15 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
     elif start and not start.released:
         start.check_trained_on(data)
     clock["test"] = time.time()
-    result = test(trainer, module, data, tested)
+    lists = [test(trainer, module, data, tested, seed) for seed in data.test_seeds]
     clock["end"] = time.time()
+    data.test_seed = data.protocol.seed
 
     if trainer.is_global_zero:
-        record = results.make(cfg, data, network, trainer, result, untrained, tested, clock)
+        record = results.make(cfg, data, network, trainer, lists, untrained, tested, clock)
         write_json(folder / "results.json", record)
-        results.write_episodes(folder / "episodes.csv", data, result)
-        panels.draw(folder / "predictions", data, module.to(trainer.strategy.root_device), result, cfg.panels)
+        results.write_episodes(folder, data, lists)
+        panels.draw(folder / "predictions", data, module.to(trainer.strategy.root_device), lists[0], cfg.panels)
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_results(record, folder)
@@ -148,8 +150,14 @@ def train(
 
 
 def test(
-    trainer: L.Trainer, module: FewShotModule, data: FewShotDataModule, checkpoint: Checkpoint | None
+    trainer: L.Trainer,
+    module: FewShotModule,
+    data: FewShotDataModule,
+    checkpoint: Checkpoint | None,
+    seed: int,
 ) -> TestResult:
+    """Scores on the test list of a seed."""
+    data.test_seed = seed
     path = checkpoint.path if checkpoint and not checkpoint.released else None  # else the network has the weights
     trainer.test(module, data, ckpt_path=path, verbose=False, weights_only=True)
     return module.test_result

@@ -180,8 +180,9 @@ def quoted(value: object) -> str:
         >>> print(quoted("it's ${x}"))
         'it\\'s \\${x}'
     """
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value))  # backslashes count only before
-    literal = re.sub(r"(\\*)'", r"\1\1\\'", literal)  # an interpolation (OmegaConf), a quote, and at the end (Hydra)
+    # Backslashes count only before an interpolation (OmegaConf), before a quote and at the end (Hydra).
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value))
+    literal = re.sub(r"(\\*)'", r"\1\1\\'", literal)
     return "'" + re.sub(r"(\\+)\Z", r"\1\1", literal) + "'"
 
 

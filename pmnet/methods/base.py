@@ -81,9 +81,27 @@ class Head(nn.Module, ABC):
         """
 
     def mask(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
-        """Predicted masks (B, H, W) bool; by default, the larger logit. Arguments as in `segment`."""
-        logits = self.segment(query_feats, seen, size)
+        """Predicted masks (B, H, W) bool; by default, the larger logit.
+
+        Arguments as in `segment`, but `size` may be another one than the query's, to which logits are resized.
+        """
+        logits = self.logits(query_feats, seen, size)
         return logits[:, 1] > logits[:, 0]
+
+    def logits(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
+        """Like `segment`, at any size."""
+        logits = self.segment(query_feats, seen, size)
+        return logits if size_of(logits) == size else resize(logits, size)
+
+    def margin(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
+        """By how much the foreground's logit exceeds the background's, (B, H, W); > 0 exactly where `mask` is true.
+
+        A head whose `mask` is not that of its logits may say better how sure it is. Arguments as in `segment`.
+        """
+        margin = margin_of(self.logits(query_feats, seen, size))
+        if type(self).mask is Head.mask:
+            return margin
+        return agreeing(margin, self.mask(query_feats, seen, size))
 
     def forward(self, query_feats: Features, support_feats: Features, support_masks: Tensor) -> Tensor:
         """Logits (B, 2, H, W) at the masks' size. Arguments as in `see` and `segment`."""
@@ -136,6 +154,7 @@ class Method(nn.Module):
             "train" uses the batch's and updates the stored ones, as the programs of the PFENet family do.
         ignored: how the training loss treats pixels marked 255: "ignore", or "background" as in HSNet's family.
         title: the method's name as published, if it is not the name of the class.
+        protocol: the choice of `conf/protocol/` behind its published numbers; empty: one of its own, or none published.
         tuned_on: what gradient steps at test use, for a method that takes some; stored in every result.
 
     Raises:
@@ -152,6 +171,7 @@ class Method(nn.Module):
     batchnorm: Literal["eval", "train"] = "eval"
     ignored: Literal["ignore", "background"] = "ignore"
     title: ClassVar[str] = ""
+    protocol: ClassVar[str] = ""
     tuned_on: str = ""
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
@@ -371,6 +391,17 @@ def repeated(seen: Any, B: int) -> Any:
     if isinstance(seen, (list, tuple)):
         return type(seen)(repeated(value, B) for value in seen)
     return seen
+
+
+def margin_of(logits: Tensor) -> Tensor:
+    """Foreground minus background logit, (B, 2, ...) -> (B, ...) float; -inf where they do not compare (NaN)."""
+    background, foreground = logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind(1)
+    return (foreground - background).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def agreeing(margin: Tensor, mask: Tensor) -> Tensor:
+    """Margins of any shape, made > 0 exactly where `mask` is true."""
+    return torch.where(mask, margin.clamp(min=torch.finfo(margin.dtype).tiny), margin.clamp(max=0))
 
 
 def scored(criterion: Criterion, logits: Tensor, masks: Tensor) -> Tensor:

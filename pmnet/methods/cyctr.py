@@ -296,6 +296,7 @@ class CyCTR(Method):
     """
 
     head: CyCTRHead
+    protocol = "pfenet"
     query_reads = support_reads = {"layer2": "last", "layer3": "last", "layer4": "last"}
     side_multiple, side_offset = 8, 1
 

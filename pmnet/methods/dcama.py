@@ -294,6 +294,7 @@ class DCAMA(Method):
         torch.Size([1, 64, 72])
     """
 
+    protocol = "hsnet"
     query_reads = support_reads = {"layer1": "last", "layer2": "all", "layer3": "all", "layer4": "all"}
     side_multiple = 8
     ignored = "background"

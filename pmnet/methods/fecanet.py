@@ -242,6 +242,7 @@ class FECANet(Method):
         torch.Size([1, 72, 80])
     """
 
+    protocol = "hsnet"
     query_reads = support_reads = {"layer2": "all", "layer3": "all", "layer4": "all"}
     strides = {"layer2": 8, "layer3": 16, "layer4": 32}
     side_multiple = 1

@@ -102,6 +102,7 @@ class PANet(Method):
         torch.Size([1, 64, 80])
     """
 
+    protocol = "panet"
     side_multiple = 1
 
     def __init__(self, backbone: Backbone, layer: str = "layer4") -> None:

@@ -247,6 +247,8 @@ class PATNet(HSNet):
         torch.Size([1, 72, 80])
     """
 
+    protocol = "patnet"
+
     def __init__(self, backbone: Backbone, tuning_steps: int = 0, tuning_lr: float = 1e-3) -> None:
         head = PATNetHead(backbone.channels, backbone.blocks, tuning_steps, tuning_lr)
         Method.__init__(self, backbone, head)

@@ -246,6 +246,7 @@ class PFENet(Method):
         torch.Size([1, 65, 65])
     """
 
+    protocol = "pfenet"
     query_reads: Reads = {"layer2": "last", "layer3": "last", "layer4": "last"}
     support_reads: Reads = {"layer2": "last", "layer3": "last"}
     side_multiple, side_offset = 8, 1

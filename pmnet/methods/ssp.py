@@ -162,6 +162,7 @@ class SSP(Method):
         torch.Size([1, 64, 80])
     """
 
+    protocol = "ssp"
     query_reads = support_reads = {"layer3": "last"}
     side_multiple = 1
 

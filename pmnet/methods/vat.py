@@ -387,6 +387,7 @@ class VAT(Method):
         torch.Size([1, 64, 64])
     """
 
+    protocol = "hsnet"
     query_reads = {"layer1": "last", "layer2": "all", "layer3": "all", "layer4": "all"}
     support_reads = {"layer2": "all", "layer3": "all", "layer4": "all"}
     side_multiple = 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pmnet.backbones import Features
-from pmnet.methods.base import Criterion, Head, scored, size_of
+from pmnet.methods.base import Criterion, Head, agreeing, margin_of, scored, size_of
 
 POSITIONS_ON_CPU, POSITIONS_ELSEWHERE = 2**23, 2**28  # correlations that are worked on at a time
 
@@ -83,6 +83,12 @@ class VotingHead(Head):
 
     def mask(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
         return voted(foreground(self.answers(query_feats, seen, size)))
+
+    def margin(self, query_feats: Features, seen: Any, size: tuple[int, int]) -> Tensor:
+        """The largest margin of any support's own answer: votes alone do not say how sure the supports are."""
+        answers = self.answers(query_feats, seen, size)
+        margin_BKHW = margin_of(answers.flatten(0, 1)).unflatten(0, answers.shape[:2])
+        return agreeing(margin_BKHW.amax(dim=1), voted(foreground(answers)))
 
     def loss(
         self,

@@ -1,8 +1,9 @@
 """The LightningModule: loss, training and test steps, optimiser, and the content of checkpoints."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import CatMetric
 
-from pmnet.backbones.base import union
+from pmnet.backbones.base import Features, union
 from pmnet.errors import CheckpointError, NonFiniteLossError, SettingError
-from pmnet.methods.base import IGNORE, Criterion, Method
+from pmnet.methods.base import IGNORE, Criterion, Method, size_of
+from pmnet.training.absent import AbsentScores
 from pmnet.training.metrics import FewShotIoU, areas
 
 if TYPE_CHECKING:  # at run time, any object with the fields of an Episode will do
@@ -30,15 +32,18 @@ class TestResult:
     """Scores of all test episodes, in percent.
 
     Attributes:
-        scores: "miou", "fb_iou", and "iou_per_class" in the order of the module's class ids.
+        scores: "miou", "fb_iou", and "iou_per_class" in the order of the module's class ids; with absent episodes also
+            "absent", see `AbsentScores`.
         baselines: name -> scores of the baselines on the same episodes: "all_foreground", which marks every pixel, and
             the floors.
         episode_iou: index in the episode list -> foreground IoU.
+        absent_marked: index of an absent episode -> share of the query's pixels that are marked.
     """
 
     scores: dict[str, Any]
     baselines: dict[str, dict[str, Any]]
     episode_iou: dict[int, float]
+    absent_marked: dict[int, float] = field(default_factory=dict)
 
 
 class FewShotModule(L.LightningModule):
@@ -56,6 +61,8 @@ class FewShotModule(L.LightningModule):
         floors: name -> training-free method on the same backbone, tested on the same episodes as a baseline.
         schedule_interval: "epoch" or "step": after what the schedule steps.
         recipe: how the method is built, see `pmnet/segment/recipe.py`; stored in checkpoints.
+        absent_from: index of the first test episode whose query does not show the class; None: there is none. These
+            episodes have scores of their own and do not affect the others.
 
     Raises:
         SettingError: `schedule_interval` is neither.
@@ -81,6 +88,7 @@ class FewShotModule(L.LightningModule):
         floors: Mapping[str, Method] | None = None,
         schedule_interval: str = "epoch",
         recipe: dict[str, Any] | None = None,
+        absent_from: int | None = None,
     ) -> None:
         super().__init__()
         if schedule_interval not in ("epoch", "step"):
@@ -92,6 +100,9 @@ class FewShotModule(L.LightningModule):
         self.test_iou = FewShotIoU(class_ids)
         baselines = {name: FewShotIoU(class_ids) for name in ("all_foreground", *self.floors)}
         self.test_baselines: Mapping[str, FewShotIoU] = nn.ModuleDict(baselines)  # type: ignore[assignment]
+        self.absent_from = absent_from
+        methods = len(self.test_baselines) + 1 if absent_from is not None else 0
+        self.test_absent: Iterable[AbsentScores] = nn.ModuleList(AbsentScores() for _ in range(methods))  # type: ignore[assignment]
         self.test_index, self.test_episode_iou = CatMetric(), CatMetric()
         self.warned = False
 
@@ -156,23 +167,36 @@ class FewShotModule(L.LightningModule):
         )
 
     def test_step(self, batch: "Episode", batch_index: int) -> None:
-        """Scores the method and the floors, with one forward pass of the backbone for all."""
-        truth, ignore = batch.query_mask == 1, batch.query_mask == IGNORE
+        """Scores the method and the floors; photos of their own size one at a time."""
+        for one in [part(batch, i) for i in range(len(batch.spec))] if batch.truth else [batch]:
+            self.score(one)
+        self.show_running(self.test_iou)
+
+    def score(self, batch: "Episode") -> None:
+        """Adds the masks of a batch to all test metrics, with one forward pass of the backbone for all methods."""
+        masks = batch.truth[0][None] if batch.truth else batch.query_mask
+        truth, ignore = masks == 1, masks == IGNORE
         images = batch.query, batch.support, batch.support_masks
         self.network.check(*images)
         methods = [self.network, *self.floors.values()]
         passed = self.network.passes(batch.query, batch.support, union(*(method.reads for method in methods)))
-        pred, *floors = (
-            method.head.predict(*method.chosen(*passed, batch.support, batch.support_masks), batch.support_masks)
-            for method in methods
-        )
-        self.test_iou.update(pred, truth, batch.class_id, ignore)
-        for metric, answer in zip(self.test_baselines.values(), (torch.ones_like(pred), *floors), strict=True):
-            metric.update(answer, truth, batch.class_id, ignore)
-        intersection, union_ = areas(pred, truth, ignore)
+        answer = answered if self.absent_from is None else margins
+        pred, *floors = (answer(method, passed, batch, size_of(masks)) for method in methods)
+        answers = [pred, torch.ones_like(pred), *floors]
+        absent = torch.zeros_like(batch.index, dtype=torch.bool)
+        if self.absent_from is not None:
+            absent = batch.index >= self.absent_from
+            for scores, margin in zip(self.test_absent, answers, strict=True):
+                scores.update(margin, masks, absent)
+            answers = [margin > 0 for margin in answers]
+        there = ~absent
+        for metric, mask in zip((self.test_iou, *self.test_baselines.values()), answers, strict=True):
+            metric.update(mask[there], truth[there], batch.class_id[there], ignore[there])
+        intersection, union_ = areas(answers[0], truth, ignore)
+        iou = 100 * intersection[:, 1] / union_[:, 1].clamp(min=1)
+        marked = 100 * union_[:, 1] / (~ignore).sum((1, 2)).clamp(min=1)  # of an absent query, which has no foreground
         self.test_index.update(batch.index)
-        self.test_episode_iou.update(100 * intersection[:, 1] / union_[:, 1].clamp(min=1))
-        self.show_running(self.test_iou)
+        self.test_episode_iou.update(torch.where(absent, marked, iou))
 
     def show_running(self, iou: FewShotIoU) -> None:
         """Shows the mIoU so far in the progress bar."""
@@ -180,18 +204,25 @@ class FewShotModule(L.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Resets all test metrics."""
-        for metric in (self.test_iou, *self.test_baselines.values(), self.test_index, self.test_episode_iou):
+        scores = self.test_iou, *self.test_baselines.values(), *self.test_absent
+        for metric in (*scores, self.test_index, self.test_episode_iou):
             metric.reset()
 
     def on_test_epoch_end(self) -> None:
         """Sets `test_result`, which is the same on every process."""
         scores = self.test_iou.compute()
+        found = [plain(metric.compute()) for metric in (self.test_iou, *self.test_baselines.values())]
+        for each, absent in zip(found, self.test_absent, strict=False):
+            each["absent"] = plain(absent.compute())
         index, iou = (metric.compute().reshape(-1) for metric in (self.test_index, self.test_episode_iou))
+        of_episodes = dict(zip(index.int().tolist(), iou.tolist(), strict=True))
+        absent_from = math.inf if self.absent_from is None else self.absent_from
         self.log_dict({"test/miou": scores["miou"], "test/fb_iou": scores["fb_iou"]}, logger=False)
         self.test_result = TestResult(
-            scores=plain(scores),
-            baselines={name: plain(metric.compute()) for name, metric in self.test_baselines.items()},
-            episode_iou=dict(zip(index.int().tolist(), iou.tolist(), strict=True)),
+            scores=found[0],
+            baselines=dict(zip(self.test_baselines, found[1:], strict=True)),
+            episode_iou={i: iou for i, iou in of_episodes.items() if i < absent_from},
+            absent_marked={i: share for i, share in of_episodes.items() if i >= absent_from},
         )
 
     def configure_optimizers(self) -> Any:
@@ -280,10 +311,23 @@ def check_checkpoint(checkpoint: dict[str, Any], network: Method) -> None:
         )
 
 
+def answered(method: Method, passed: tuple[Features, Features], batch: "Episode", size: tuple[int, int]) -> Tensor:
+    """A method's masks (B, *size) bool, given the backbone's features of queries and supports."""
+    query_feats, support_feats = method.chosen(*passed, batch.support, batch.support_masks)
+    return method.head.mask(query_feats, method.head.see(support_feats, batch.support_masks), size)
+
+
+def margins(method: Method, passed: tuple[Features, Features], batch: "Episode", size: tuple[int, int]) -> Tensor:
+    """Like `answered`, by how much each pixel's foreground exceeds its background; (B, *size), > 0 is marked."""
+    query_feats, support_feats = method.chosen(*passed, batch.support, batch.support_masks)
+    return method.head.margin(query_feats, method.head.see(support_feats, batch.support_masks), size)
+
+
 def part(batch: "Episode", i: int) -> "Episode":
     """A batch of only the i-th episode of a batch."""
     names = ("query", "query_mask", "support", "support_masks", "class_id", "index")
-    return replace(batch, **{name: getattr(batch, name)[i : i + 1] for name in names}, spec=batch.spec[i : i + 1])
+    rows = {name: getattr(batch, name)[i : i + 1] for name in (*names, "spec", "truth")}
+    return replace(batch, **rows)
 
 
 def plain(scores: Mapping[str, Tensor]) -> dict[str, Any]:

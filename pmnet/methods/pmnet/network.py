@@ -154,6 +154,7 @@ class PMNet(Method):
         torch.Size([8, 2, 64, 64])
     """
 
+    protocol = "hsnet"
     query_reads = {"layer1": "last", "layer2": "last", "layer3": "all", "layer4": "all"}
     support_reads = {"layer3": "all", "layer4": "all"}
     strides = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}

@@ -89,6 +89,11 @@ def test_method_trains_and_its_checkpoint_gives_the_same_scores(name: str, tmp_p
     again = run_here(tmp_path / "tested", *setting, "mode=test", f"ckpt={tmp_path / 'trained'}")
     assert again["test"] == record["test"]
     assert again["training"] == record["training"]
+    photo = run_here(
+        tmp_path / "photo", *setting, "mode=test", f"ckpt={tmp_path / 'trained'}", "protocol=pfenet", "dataset.size=88"
+    )
+    assert is_whole(photo)
+    assert photo["episodes"]["protocol"]["scored"] == "photo"
 
 
 # Checkpoints of the methods' authors

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
@@ -318,3 +319,29 @@ def test_floors_share_the_backbone_pass_and_score_as_if_tested_alone():
             expected.update(pred, batch.query_mask == 1, batch.class_id, batch.query_mask == 255)
         assert plain(module.test_baselines[name].compute()) == plain(expected.compute())
     assert not any("floors" in name or "baselines" in name for name in module.state_dict())
+
+
+def test_photos_are_scored_at_their_own_size(monkeypatch):
+    """One by one, against sums over pixels written out; one photo has a border that counts nowhere."""
+    module, batch = make_module(monkeypatch).eval(), make_batch()
+    random = torch.Generator().manual_seed(5)
+    truth = [torch.randint(0, 2, size, generator=random, dtype=torch.uint8) for size in ((40, 70), (31, 17), (9, 50))]
+    truth[1][20:] = 255
+    batch = replace(batch, truth=truth)
+    module.on_test_epoch_start()
+    with torch.no_grad():
+        module.test_step(batch, 0)
+        module.on_test_epoch_end()
+        areas = {c: [0, 0] for c in CLASSES}
+        for b, mask in enumerate(truth):
+            feats = module.network.features(batch.query[b][None], batch.support[b][None], batch.support_masks[b][None])
+            seen = module.network.head.see(feats[1], batch.support_masks[b][None])
+            logits = module.network.head.segment(feats[0], seen, (32, 32))
+            logits = interpolate(logits, mask.shape, mode="bilinear", align_corners=True)
+            for (y, x), value in zip(torch.cartesian_prod(*map(torch.arange, mask.shape)), mask.flatten(), strict=True):
+                if value != 255:
+                    marked = bool(logits[0, 1, y, x] > logits[0, 0, y, x])
+                    areas[CLASSES[b % 2]][0] += marked and bool(value)
+                    areas[CLASSES[b % 2]][1] += marked or bool(value)
+    expected = [100 * i / u for i, u in areas.values()]
+    assert module.test_result.scores["iou_per_class"] == pytest.approx(expected, abs=1e-3)
