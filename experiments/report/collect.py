@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,7 @@ UNSHAPING = {  # config values that may differ between runs of one table row
     *("episodes.seed", "episodes.cache", "episodes.augment", "episodes.workers", "episodes.timeout"),
     *("episodes.test_batch_size", "episodes.protocol", "episodes.test_seeds", "protocol", "test_seeds"),
 }
-PROTOCOL = {  # of records that name none
-    "name": "hsnet",
-    "draw": "benchmark",
-    "split": "test",
-    "fit": "squeeze",
-    "scored": "network",
-    "seeds": [0],
-}
+PROTOCOLS = Path(__file__).parents[2] / "conf" / "protocol"
 OF_TRAINING = {  # config values that affect training only; a test of trained weights takes them from the training run
     *("optimizer", "scheduler", "loss", "augment", "trainer", "train_shot", "validation", "model.dropout"),
     *("episodes.batch_size", "episodes.per_epoch", "episodes.val", "episodes.novel_pixels"),
@@ -102,8 +95,7 @@ class Job:
     def config(self) -> dict[str, Any]:
         """The values that affect the run's numbers, by dotted name."""
         values = {"model": self.setting.get("model", "pmnet"), "weights": self.weights}
-        protocol = PROTOCOL | self.record.get("episodes", {}).get("protocol", {})
-        values |= {"protocol" if name == "name" else f"protocol.{name}": value for name, value in protocol.items()}
+        values["protocol"] = protocol_of(self.record)
         shaping = {k: v for k, v in flat(self.record.get("config", {})) if not within(k, UNSHAPING)}
         if self.training_free:
             return values | {k: v for k, v in shaping.items() if not within(k, OF_TRAINING)}
@@ -174,6 +166,27 @@ class Found:
 
 
 UNTESTED = ("pretrain", "predict")  # modes that give no scores
+
+
+def protocol_of(record: dict[str, Any]) -> str:
+    """The protocol of a run's test, and what differs from its file; records without one are older than the choice.
+
+    Example:
+        >>> protocol_of({"episodes": {"protocol": {"name": "ssp", "fit": "squeeze", "scored": "network"}}})
+        'ssp, scored=network'
+    """
+    used = record.get("episodes", {}).get("protocol", {"name": "hsnet"})
+    published = standard(used["name"])
+    changed = [f"{key}={value}" for key, value in used.items() if key in published and value != published[key]]
+    return ", ".join([used["name"], *changed])
+
+
+@cache
+def standard(name: str) -> dict[str, Any]:
+    """The values of a protocol's file, as a record has them; empty if there is no such file."""
+    path = PROTOCOLS / f"{name}.yaml"
+    values: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    return values | {"seeds": list(range(values["seed"], values["seed"] + values["lists"]))} if values else {}
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
