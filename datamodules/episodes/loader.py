@@ -17,6 +17,7 @@ from datamodules.episodes.episode import Episode
 from datamodules.errors import DatasetError
 
 TIMED_OUT = "DataLoader timed out"
+POLL = 5.0  # seconds of waiting for a batch after which torch looks whether a worker is dead
 
 
 class EpisodeLoader(DataLoader[Any]):
@@ -33,35 +34,32 @@ class EpisodeLoader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any], patience: float = 300, **options: Any) -> None:
-        super().__init__(dataset, timeout=patience / 2 if options.get("num_workers") else 0, **options)
+        self.patience = patience
+        super().__init__(dataset, timeout=min(POLL, patience) if options.get("num_workers") else 0, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Raises DatasetError if the workers are stuck."""
+        """Raises DatasetError if the workers are stuck; torch raises RuntimeError if one of them is dead."""
         if self.num_workers and torch.distributed.is_available() and torch.distributed.is_initialized():
             time.sleep(0.2)
-        waited = False
-        try:
-            batches = super().__iter__()
-            while True:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                except RuntimeError as error:
-                    if waited or TIMED_OUT not in str(error):
-                        raise
-                    waited = True  # once more, as time goes on while the whole run is suspended
+        batches, waited = super().__iter__(), 0.0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if TIMED_OUT not in str(error):
+                    raise
+                waited += self.timeout  # not by a clock: time goes on while the whole run is suspended
+                if waited < self.patience:
                     continue
-                waited = False
-                yield batch
-        except RuntimeError as error:
-            if TIMED_OUT not in str(error):
-                raise
-            raise DatasetError(
-                f"The {self.num_workers} workers that read images do not answer ({error}): they are stuck, or a disk "
-                "is. Run the same command again to resume. If they are only slow, set episodes.timeout=3000; "
-                "episodes.workers=0 reads in the main process."
-            ) from error
+                raise DatasetError(
+                    f"The {self.num_workers} workers that read images have not answered for {waited:.0f} s: they are "
+                    "stuck, or a disk is. Run the same command again to resume. If they are only slow, set "
+                    "episodes.timeout=3000; episodes.workers=0 reads in the main process."
+                ) from error
+            waited = 0.0
+            yield batch
 
 
 class TrainingLoader(EpisodeLoader):

@@ -72,11 +72,38 @@ class Late:
 def test_slow_worker_is_waited_for_and_a_stuck_one_is_an_error() -> None:
     assert torch.cat(list(EpisodeLoader(Late(3), patience=4, num_workers=1))).tolist() == [*range(6)]
     try:
-        with pytest.raises(DatasetError, match=r"The 2 workers that read images do not answer .*episodes\.timeout"):
+        with pytest.raises(DatasetError, match=r"The 2 workers that read images have not answered .*episodes\.timeout"):
             list(EpisodeLoader(Late(math.nan), patience=2, num_workers=2))
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()
+
+
+@dataclass
+class Fatal:
+    """Items, one of which kills its worker."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> int:
+        if i == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return i
+
+
+def test_dead_worker_is_an_error_even_if_the_word_of_its_death_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception of a signal's handler is lost where Python cannot raise it, as in a destructor."""
+    monkeypatch.setattr("datamodules.episodes.loader.POLL", 0.5)
+    batches = iter(EpisodeLoader(Fatal(), patience=60, num_workers=1))
+    next(batches)
+    before, start = signal.signal(signal.SIGCHLD, signal.SIG_DFL), time.monotonic()
+    try:
+        with pytest.raises(RuntimeError, match="exited unexpectedly"):
+            list(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert time.monotonic() - start < 30
 
 
 def test_batches_of_workers_are_those_of_the_main_process() -> None:
