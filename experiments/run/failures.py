@@ -54,12 +54,12 @@ def explained(folder: Path) -> Iterator[Outcome]:
     accept_any_character()
     logging.raiseExceptions = False  # on a full disk, each line of run.log would be a traceback
     os.environ[jobs.PARENT] = str(os.getpid())
-    if is_first():
-        for name in ("failure.json", "results.json"):  # of an earlier run in this folder
-            (folder / name).unlink(missing_ok=True)
     outcome, code = Outcome(), 1
     try:
         with nullcontext() if Requeue.wanted() else soon():  # Slurm has signals of its own
+            if is_first():
+                for name in ("failure.json", "results.json"):  # of an earlier run in this folder
+                    (folder / name).unlink(missing_ok=True)
             yield outcome
             code = 0
     except SIGTERMException as ended:

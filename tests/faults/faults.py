@@ -440,7 +440,7 @@ def umask(case: Case) -> Steps:
 
 @fault("folder with an odd name", "train/start", "shared/start", "ddp/start", "prepare/start", "predict/start")
 def odd_folder(case: Case) -> Steps:
-    case.run = case.folder / case.random.choice(["a b", "lr=1, a=[2]", 'it\'s "so"', "Prüfung", "${x}", "(a){b}%"])
+    case.run = case.folder / case.random.choice(["a b", "lr=1, a=[2]", 'it\'s "so"', "Prüfung", "$x", "(a){b}%"])
     yield
 
 
