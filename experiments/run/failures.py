@@ -148,7 +148,7 @@ def lost_another(error: BaseException) -> bool:
     """Whether PyTorch raised it because another process of this job has ended or does not answer."""
     if type(error).__name__ in ("DistStoreError", "DistNetworkError"):
         return True
-    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("gloo", "NCCL", "pair closure"))
 
 
 def said_elsewhere(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.files import read_json, write_json
-from experiments.run.failures import as_message, write_failure
+from experiments.run.failures import as_message, lost_another, write_failure
 from tests.conftest import run
 
 FLOCK = "FileSystem does not appear to support flock; use SoftFileLock instead"  # filelock's words
@@ -77,3 +77,10 @@ def test_folder_that_cannot_be_is_one_message(folder: str) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_all_words_of_gloo_for_a_lost_process_are_known() -> None:
+    """Some of its errors do not name it."""
+    assert lost_another(RuntimeError("[gloo/transport/tcp/pair.cc:144] no error"))
+    assert lost_another(RuntimeError("Application timeout caused pair closure"))
+    assert not lost_another(RuntimeError("The shapes do not match"))
