@@ -39,7 +39,7 @@ if __name__ == "__main__":
         if WANTED == "1":
             raise
         more = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        sys.exit(f"Error: {error}{more}")
+        sys.exit(f"Error: {str(error).removeprefix('Error: ')}{more}")  # our own have it where Hydra tells them
     except KeyboardInterrupt:  # a sweep's: a run takes the signal itself
         wait = False
         sys.exit(130)
