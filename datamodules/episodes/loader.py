@@ -58,6 +58,10 @@ class EpisodeLoader(DataLoader[Any]):
                     "stuck, or a disk is. Run the same command again to resume. If they are only slow, set "
                     "episodes.timeout=3000; episodes.workers=0 reads in the main process."
                 ) from error
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                if "Caught" in str(error):  # torch's word for an error of the dataset itself
+                    raise
+                raise RuntimeError("A worker exited unexpectedly while it handed over a batch.") from error
             waited = 0.0
             yield batch
 

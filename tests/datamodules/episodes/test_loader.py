@@ -106,6 +106,36 @@ def test_dead_worker_is_an_error_even_if_the_word_of_its_death_is_lost(monkeypat
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no socket")])
+def test_worker_that_dies_while_it_hands_over_a_batch_is_a_dead_worker(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue then has the batch's number of a file that the worker no longer gives."""
+
+    def detach(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("multiprocessing.resource_sharer.DupFd.detach", detach)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(EpisodeLoader(Late(0), num_workers=1))
+
+
+@dataclass
+class Unreadable:
+    """Items whose file is gone."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: int) -> int:
+        raise FileNotFoundError(2, "No such file", f"{i}.png")
+
+
+def test_error_of_the_items_is_not_that_of_a_dead_worker() -> None:
+    with pytest.raises(FileNotFoundError, match=r"0\.png"):
+        list(EpisodeLoader(Unreadable(), num_workers=1))
+
+
 def test_batches_of_workers_are_those_of_the_main_process() -> None:
     data, loaded = episodes(), []
     for workers in (0, 2):
