@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,22 @@ TINY = (
 ).split()
 
 
+MANY = 5  # cases of one test; of more, the default run takes three
 LONGEST = ("test_slurm.py", "test_sweep.py", "test_run.py", "test_tables.py", "test_faults.py", "test_export.py")
 
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the programs that tests start would ignore it
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first, so that a file a core ends early."""
+    """The files that take longest first, so that a file a core ends early; few of many cases unless all are wanted."""
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for each in cases.values():
+        for i, item in enumerate(each):
+            if len(each) > MANY and i not in (0, len(each) // 2, len(each) - 1):
+                item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 

@@ -353,6 +353,7 @@ def test_every_method_has_a_card():
     assert not [name for name in all_methods() if not (ROOT / "docs/methods" / f"{name}.md").is_file()]
 
 
+@pytest.mark.slow
 def test_published_numbers_in_the_table_of_experiments(conf):
     page = (ROOT / "docs/benchmarks.md").read_text()
     rows = re.findall(r"^\| (\d) \| [^|]+ \| `(\w+)` \| ([\d.]+) \| ([\d.]*) ?\|$", page, re.MULTILINE)

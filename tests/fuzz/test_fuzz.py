@@ -325,6 +325,7 @@ def test_worst_known_input(name, kind, make):
     assert not Path("canary").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_sound_file_is_read(name):
     """Else the damaged ones would prove nothing."""
@@ -341,6 +342,7 @@ def fill(memory: mmap.mmap) -> None:
         memory[place] = 1
 
 
+@pytest.mark.slow
 def test_watch_sees_escapes_hangs_memory_and_crashes(monkeypatch, tmp_path):
     """The limits themselves: one reader that breaks each."""
     bad: dict[str, Callable[[bytes, Path], object]] = {

@@ -74,6 +74,7 @@ def test_what_is_no_file_is_one_message(tmp_path: Path, capsys: pytest.CaptureFi
         assert message.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = [sys.executable, "-m", "pmnet", "info", "pmnet_lite"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

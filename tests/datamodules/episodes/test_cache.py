@@ -68,6 +68,7 @@ def build(root, folder):
     return cache.path.stat().st_ino, cache["003"][0].sum().item()
 
 
+@pytest.mark.slow
 def test_concurrent_processes_share_one_file(root, tmp_path):
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         answers = list(pool.map(build, [root] * 3, [tmp_path / "cache"] * 3))

@@ -227,6 +227,7 @@ def write_training_free(folder: Path, model: str, fold: int, lr: float = 0.001, 
     (folder / "results.json").write_text(json.dumps(record))
 
 
+@pytest.mark.slow
 def test_methods_that_learn_nothing_are_rows_without_options_of_training(sweep) -> None:
     folder, _ = sweep
     for fold in range(4):
@@ -312,6 +313,7 @@ def test_csv_has_every_run_unrounded(sweep) -> None:
     assert {r["commit"] for r in rows} == {"0123456789abcdef"}
 
 
+@pytest.mark.slow
 def test_fb_iou_and_classes(sweep) -> None:
     folder, records = sweep
     _, benchmark = one(folder)
@@ -324,6 +326,7 @@ def test_fb_iou_and_classes(sweep) -> None:
     assert len(shown) == 8
 
 
+@pytest.mark.slow
 def test_latex_has_the_cells_of_markdown_and_compiles(sweep, tmp_path: Path) -> None:
     folder, _ = sweep
     write_run(folder / "9-odd", 0, 1, {"100% c_l#s&s $x$ {y} ~^\\": 50.0}, target="fss", task="cross_dataset", folds=0)
@@ -658,6 +661,7 @@ def stored_run(number: int, record: dict | None, state: str = "finished", job_ty
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_runs_of_a_wandb_group(sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, records = sweep
     group = [stored_run(fold, records[1, fold]) for fold in range(3)]
@@ -723,6 +727,7 @@ def test_page_needs_no_other_file_and_its_pictures_are_whole(sweep) -> None:
     }
 
 
+@pytest.mark.slow
 def test_hostile_names_are_shown_as_they_are(sweep) -> None:
     folder, _ = sweep
     name = "<script>alert(1)</script>|[red]_&%"
@@ -788,6 +793,7 @@ def test_plans_and_failures_of_another_shape_do_no_harm(tmp_path: Path) -> None:
     assert missing(found) == ["failed: 1: 5", "not started: fold=2"]
 
 
+@pytest.mark.slow
 def test_csv_of_a_table_has_its_cells(sweep, tmp_path: Path) -> None:
     (benchmark,) = write(collect([sweep[0]]), tmp_path)
     table = miou(benchmark)
@@ -835,6 +841,7 @@ def test_planned_runs_are_found_however_the_folder_is_written(sweep, monkeypatch
     assert not any("not started" in line for line in missing(collect([Path(run.name), folder])))
 
 
+@pytest.mark.slow
 def test_command_prints_the_tables(sweep) -> None:
     folder, records = sweep
     done = run_module("experiments.report", str(folder), "--out", str(folder / "elsewhere"))

@@ -61,6 +61,7 @@ def fit(folder: Path, *callbacks: L.Callback, ckpt: Path | None = None) -> dict[
     return {name: tensor.clone() for name, tensor in module.network.head.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_validation_that_is_cut_short_does_not_cost_the_epoch(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' own handlers stay
     alone = fit(tmp_path / "alone")

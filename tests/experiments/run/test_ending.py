@@ -23,6 +23,7 @@ except Asked as asked:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored, code", [(0, 101), (signal.SIGTERM.value, 101), (signal.SIGHUP.value, 0)])
 def test_signal_ends_the_process_unless_it_was_started_to_ignore_it(ignored: int, code: int) -> None:
     """As `nohup` does with SIGHUP, which a terminal sends to all its programs when it closes."""

@@ -23,6 +23,7 @@ def predicted(out: Path, **options: object) -> None:
     predict(cfg, out)
 
 
+@pytest.mark.slow
 def test_masks_are_those_of_pmnet_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "origin", lambda cfg: {})  # it asks the job that Hydra started
     support, negatives = examples(tmp_path / "examples"), tmp_path / "negatives"

@@ -63,6 +63,7 @@ def fit(
     return steps, module.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_cut_within_an_epoch_goes_on_as_if_it_had_not_been(tmp_path: Path, workers: int) -> None:
     """The number of steps is asked for, and so the loader made, before the place in the epoch is restored."""

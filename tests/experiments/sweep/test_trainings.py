@@ -162,6 +162,7 @@ def hold(store: Path, folder: Path) -> None:
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_lock_of_a_killed_job_is_free(tmp_path: Path) -> None:
     a = tmp_path / "a"
     a.mkdir()
@@ -177,6 +178,7 @@ def test_lock_of_a_killed_job_is_free(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "checkpoints" / "best.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_training_is_kept_for_a_job_that_slurm_starts_again(tmp_path: Path, monkeypatch) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     with pytest.raises(RuntimeError):

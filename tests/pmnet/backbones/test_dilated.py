@@ -71,6 +71,7 @@ def test_all_dilates_every_block_of_layer3_and_layer4(file):
         assert_near(found[layer], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, dilation", [("pfenet", "all"), ("ssp", "torchvision")])
 def test_features_are_those_of_the_programs_that_use_it(shared, tmp_path, method, dilation):
     golden = Golden(shared / "golden" / "methods" / f"{method}_resnet50_1shot.npz")

@@ -16,6 +16,7 @@ def theirs():
     return torchvision.models.vgg16()
 
 
+@pytest.mark.slow
 def test_features_are_those_of_torchvisions_layers_with_other_pools(theirs, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "vgg16.pth")
     backbone = VGGBackbone(str(tmp_path / "vgg16.pth")).freeze()
@@ -59,6 +60,7 @@ def test_stage_takes_the_activated_feature_of_the_stage_before():
     assert torch.equal(again[-1], features["layer4"][-1])
 
 
+@pytest.mark.slow
 def test_file_of_another_network_is_refused(tmp_path):
     torch.save(torchvision.models.vgg11().state_dict(), tmp_path / "vgg11.pth")
     with pytest.raises(WeightsError, match=r"vgg11\.pth does not hold weights of vgg16"):

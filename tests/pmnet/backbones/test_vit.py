@@ -312,6 +312,7 @@ def test_configs_name_networks_and_weights_that_exist():
 # Imports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", ["import pmnet.backbones", "from pmnet import ViTBackbone, SwinBackbone"])
 def test_timm_and_torchvision_are_imported_by_the_networks_that_need_them(statement):
     code = f"{statement}; import sys; print(sorted({{'timm', 'torchvision'}} & set(sys.modules)))"

@@ -31,6 +31,7 @@ def feats(golden):
 # Golden file
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_intermediate_values_and_logits(golden):
     head = from_release("asgnet", golden.weights())
@@ -60,6 +61,7 @@ def test_seeds_are_those_of_the_authors(golden):
         assert not expected[len(placed) :].any()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_network_from_images(golden):
     state = golden.weights()
@@ -69,6 +71,7 @@ def test_network_from_images(golden):
     assert_near(method(golden["query"], golden["support"], golden["support_masks"]), golden["logits_full"], 1e-4)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients(golden):
     head = without_dropout(from_release("asgnet", golden.weights()))
     loss = head.loss(*feats(golden), golden["query_mask"], LOSS)

@@ -50,6 +50,7 @@ def tiny_head(fem, seed=0):
 # Golden files
 
 
+@pytest.mark.slow
 @both
 def test_logits_loss_and_gradients(golden, fem):
     head = from_release("fecanet", golden.under("weights") | golden.under("buffers")).head
@@ -129,6 +130,7 @@ def plain_network(head, query, support, mask_BHW, history=None):
     return F.interpolate(head.decoder2(x), mask_BHW.shape[1:], mode="bilinear", align_corners=True)
 
 
+@pytest.mark.slow
 @both
 @torch.no_grad()
 def test_several_shots_vote_as_published(fem):

@@ -37,6 +37,7 @@ def weights(golden):
 # The authors' program
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_step_is_the_authors(golden, weights):
     head = pmnet.methods.from_release("ntrenet", {f"module.{name}": tensor for name, tensor in weights.items()})
@@ -54,6 +55,7 @@ def test_every_step_is_the_authors(golden, weights):
     assert torch.equal(head.predict(query, support, masks), golden["logits"].argmax(dim=1).bool())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_whole_network_is_the_authors(golden, weights, tmp_path):
     """From the images; the backbone reads its part of the authors' file."""

@@ -45,6 +45,7 @@ def test_network_from_the_authors_names(golden):
         assert torch.equal(method.predict(*images), golden["logits_full"].argmax(1).bool())
 
 
+@pytest.mark.slow
 def test_loss_and_gradients(golden):
     method = from_release("panet", golden.weights()).train()
     batch = SimpleNamespace(**{k: golden[k] for k in ("query", "query_mask", "support", "support_masks")})

@@ -193,6 +193,7 @@ def plain_tuning(head, query, support, masks, steps, lr):
     return anchors
 
 
+@pytest.mark.slow
 def test_each_episode_is_tuned_alone_and_nothing_is_left_of_it():
     head = tiny_head(tuning_steps=3, tuning_lr=0.05).double()
     state = {name: value.clone() for name, value in head.state_dict().items()}

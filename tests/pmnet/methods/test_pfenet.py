@@ -34,6 +34,7 @@ def feats(golden):
 # Golden file
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_intermediate_values_and_logits(golden):
     head = from_release("pfenet", golden.weights())
@@ -48,6 +49,7 @@ def test_intermediate_values_and_logits(golden):
     assert torch.equal(head.predict(query, support, masks), golden["logits"].argmax(1).bool())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_network_from_images(golden):
     state = golden.weights()
@@ -57,6 +59,7 @@ def test_network_from_images(golden):
     assert_near(method(golden["query"], golden["support"], golden["support_masks"]), golden["logits_full"], 1e-4)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients(golden):
     head = without_dropout(from_release("pfenet", golden.weights()))
     loss = head.loss(*feats(golden), golden["query_mask"], LOSS)

@@ -385,6 +385,7 @@ def test_gradients_through_a_norm_are_rounded_once(norm, low):
     assert worst < torch.finfo(low).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_gradients_in_half_precision_are_close_to_those_in_full(norm):
     """The maps are large because PyTorch's bfloat16 gradients of convolutions are inaccurate on maps below 8x8."""

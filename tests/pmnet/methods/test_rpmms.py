@@ -170,6 +170,7 @@ def test_method_segments_by_supports_seen_before(K):
     assert_near(method.segment(episode.query, one)[:1], logits[:1], 1e-4)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     torch.manual_seed(0)
     method, episode = without_dropout(RPMMs(SmallBackbone("quickstart"), lr=3e-4).train()), episode_of(1)

@@ -186,6 +186,7 @@ def double(tree):
     return {m: [f.double() for f in fs] for m, fs in tree.items()}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("benchmark", ["coco", "fss"])
 def test_one_support_is_the_plain_formula(benchmark):
@@ -196,6 +197,7 @@ def test_one_support_is_the_plain_formula(benchmark):
     torch.testing.assert_close(head(query, support, masks), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_several_shots_vote_as_published():
     head = tiny_head().double()
@@ -345,6 +347,7 @@ def test_method_on_images_of_any_side():
     torch.testing.assert_close(alone, logits[1:], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_supports_are_seen_once():
     method = tiny_method()
@@ -353,6 +356,7 @@ def test_supports_are_seen_once():
     assert torch.equal(method.mask(query, seen), method.predict(query, support, masks))
 
 
+@pytest.mark.slow
 def test_one_step_of_training():
     method = tiny_method()
     query, support, masks = images(B=1, K=1)

@@ -127,6 +127,7 @@ class Picky(Method):
         super().__init__(backbone, PickyHead())
 
 
+@pytest.mark.slow
 def test_methods_that_cannot_be_exported_are_one_message(capfd: pytest.CaptureFixture[str]) -> None:
     votes = random({"_target_": "pmnet.methods.hsnet.HSNet"}, SMALL)
     with pytest.raises(SettingError, match=r"HSNet cannot be exported as a graph \(each shot votes.* pmnet, nearest,"):

@@ -166,6 +166,7 @@ def examples(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_command(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--support", examples(photos.parent / "examples"), "--head", "prototype", "--device", "cpu")
     out, saved = photos.parent / "out", photos.parent / "x.safetensors"

@@ -140,6 +140,7 @@ def test_class_file_segments_as_the_page_does(session, tmp_path: Path) -> None:
     assert other.categories[0].name == "red box/1"
 
 
+@pytest.mark.slow
 def test_several_classes_are_those_of_the_segmenter(session, nearest, tmp_path: Path) -> None:
     """The masks of a tab are those of a Segmenter that was shown the same, whichever classes seem absent."""
     boxes = {"red": (220, 30, 30), "blue": (30, 60, 220)}
@@ -183,6 +184,7 @@ def test_several_classes_are_those_of_the_segmenter(session, nearest, tmp_path: 
     assert session.segmenter.classes == ("blue",)
 
 
+@pytest.mark.slow
 def test_large_photos_are_cut_as_the_segmenter_cuts_them(session, tmp_path: Path) -> None:
     mask = np.zeros((96, 128), np.uint8)
     mask[24:72, 32:80] = 1
@@ -198,6 +200,7 @@ def test_large_photos_are_cut_as_the_segmenter_cuts_them(session, tmp_path: Path
     assert session.photos[0].presences == pytest.approx([again.predict(large).presence])
 
 
+@pytest.mark.slow
 def test_examples_join_the_classes_of_a_class_file(session, tmp_path: Path) -> None:
     mask = np.zeros((120, 160), np.uint8)
     mask[30:90, 40:100] = 1

@@ -297,6 +297,7 @@ def iou(a: Tensor, b: Tensor) -> float:
     return float((a & b).sum() / (a | b).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", ["points", "scribble"])
 def test_points_and_scribbles_on_real_photos(on: str, shared: Path) -> None:
     """Better than marking everything, and the marks themselves keep their side."""

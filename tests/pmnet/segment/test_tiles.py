@@ -31,6 +31,7 @@ def test_steps_cover_each_pixel_once(length: int) -> None:
     assert (owned == 1).all()
 
 
+@pytest.mark.slow
 def test_joined_tiles_are_those_of_a_plain_loop() -> None:
     segmenter = Segmenter.load("prototype", "cpu").fit({"a": [picture(0)], "b": [picture(1)]})
     image = torch.cat([torch.cat([picture(k)[0], picture(k + 1)[0]], 2) for k in (2, 4)], 1)
