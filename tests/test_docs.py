@@ -290,6 +290,7 @@ def runnable() -> list[tuple[Path, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page, code", runnable(), ids=lambda value: value.stem if isinstance(value, Path) else "")
 def test_python_blocks_run(page, code, tmp_path, monkeypatch):
     """Small random weights stand for those that would have to be downloaded."""

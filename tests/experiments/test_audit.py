@@ -213,6 +213,7 @@ def test_images_are_read_once_for_all_runs(tmp_path: Path, monkeypatch) -> None:
 # How images are compared
 
 
+@pytest.mark.slow
 def test_real_photos_and_their_edits_are_told_apart(shared: Path, tmp_path: Path) -> None:
     """Also photos of one kind: workpieces on the same tables. The gap is wide on both sides of the threshold."""
     for files in (

@@ -57,6 +57,7 @@ def test_measures_are_those_of_plain_loops(seed: int) -> None:
     assert summary([seen])[:2] == told
 
 
+@pytest.mark.slow
 def test_command_prints_both_tables(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

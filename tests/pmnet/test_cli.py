@@ -26,6 +26,7 @@ def test_shipped_head() -> None:
     assert facts["licence"].startswith("MIT")
 
 
+@pytest.mark.slow
 def test_class_file(tmp_path: Path) -> None:
     image, mask = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(64, 64)
     mask[10:40, 10:40] = 1

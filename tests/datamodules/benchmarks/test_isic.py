@@ -10,6 +10,7 @@ from tests.data import isic
 from tests.datamodules.benchmarks.published_loop import rows, supports_as_published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes, shot", [(1, 5), (3, 1)])
 def test_episodes_are_as_the_published_loader_draws_them(shared, lists, classes, shot):
     table = [line.split(",") for line in (shared / "splits/isic/class_id.csv").read_text().split()[1:]]

@@ -74,6 +74,7 @@ def test_panet_draws_classes_from_training_images():
     assert len({s.query for s in drawn}) == 8
 
 
+@pytest.mark.slow
 def test_files_say_what_is_known_of_the_programs():
     names = sorted(path.stem for path in Path("conf/protocol").glob("*.yaml"))
     assert names == ["hsnet", "panet", "patnet", "pfenet", "ssp"]

@@ -112,6 +112,7 @@ def cells(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
+@pytest.mark.slow
 def test_table_has_our_numbers_the_published_ones_and_the_difference(sweep) -> None:
     folder, records = sweep
     _, benchmark = one(folder)
@@ -409,6 +410,7 @@ def test_configurations_are_named_by_what_differs(sweep) -> None:
     assert rows["PMNet, ours, optimizer.lr=0.01"][4] == "40.0"
 
 
+@pytest.mark.slow
 def test_mixed_folder_has_a_table_for_each_benchmark_and_old_results_are_read(sweep) -> None:
     folder, _ = sweep
     write_run(folder / "20-isic", "all", 1, {"lesion": 44.44}, task="cross_domain", target="isic", folds=0)
@@ -427,6 +429,7 @@ def test_mixed_folder_has_a_table_for_each_benchmark_and_old_results_are_read(sw
     assert (folder / "report" / "figures" / "radar.png").exists()
 
 
+@pytest.mark.slow
 def test_folder_that_is_being_written_to(sweep) -> None:
     folder, _ = sweep
     job = folder / "0-pascal-resnet50-fold0-shot1"
@@ -486,6 +489,7 @@ def test_a_sweep_that_was_moved_keeps_its_curves(sweep, tmp_path: Path) -> None:
     assert len(curves(found).axes[0].lines) == 7
 
 
+@pytest.mark.slow
 def test_files_cut_off_are_passed_over(sweep) -> None:
     folder, records = sweep
     (folder / "0-pascal-resnet50-fold0-shot1" / "predictions" / "overview.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")

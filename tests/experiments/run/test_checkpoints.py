@@ -75,6 +75,7 @@ def test_validation_that_is_cut_short_does_not_cost_the_epoch(tmp_path: Path, mo
     assert all(torch.equal(alone[name], resumed[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_best_score_goes_along_to_another_folder(tmp_path: Path) -> None:
     fit(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -89,6 +90,7 @@ def test_best_score_goes_along_to_another_folder(tmp_path: Path) -> None:
     assert best.check_monitor_top_k(trainer, best.best_model_score + 1)
 
 
+@pytest.mark.slow
 def test_best_score_of_another_training_does_not(tmp_path: Path) -> None:
     """`ckpt=` begins a new one, whose folder has no best checkpoint yet."""
     fit(tmp_path / "a")
@@ -123,6 +125,7 @@ def test_asked_to_end_it_says_how_to_go_on(tmp_path: Path, number: signal.Signal
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [lambda path: path.write_bytes(path.read_bytes()[:5000]), lambda path: path.unlink()]
 )

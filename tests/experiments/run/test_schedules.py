@@ -102,6 +102,7 @@ def test_published_schedules_step_with_every_batch(model: str) -> None:
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_an_experiment_replaces_what_a_model_publishes(model: str) -> None:
     """The optimiser and the schedule are those of one file, not a mixture of two."""

@@ -132,6 +132,7 @@ def test_training_that_goes_on_from_another_shape_is_not_shared(tmp_path: Path) 
     assert train(tmp_path / "store", tmp_path / "c") is None
 
 
+@pytest.mark.slow
 def test_concurrent_jobs_train_once(tmp_path: Path) -> None:
     trained, results = [], []
 

@@ -191,6 +191,7 @@ def test_named_parts_of_a_frozen_backbone_are_trained():
     assert not any(module.training for module in backbone.modules())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sides_that_are_no_multiples_of_the_patch_are_refused():
     backbone = SwinBackbone("none").eval()

@@ -55,6 +55,7 @@ def test_features_are_those_of_timm(file):
         assert_near(found[layer], value)
 
 
+@pytest.mark.slow
 def test_all_dilates_every_block_of_layer3_and_layer4(file):
     """Beside timm's network without dilation, whose 3x3 convolutions are given the dilations of the table."""
     model = reference(output_stride=32)

@@ -439,6 +439,7 @@ def test_other_sides_and_widths_are_refused():
         CyCTR(SmallBackbone("none"), width=20)
 
 
+@pytest.mark.slow
 def test_backbone_that_takes_none_of_its_sides_is_refused():
     """A Swin transformer takes multiples of its patch, 4; with a ViT, which takes any side, it works."""
     with pytest.raises(SettingError, match=r"CyCTR takes image sides of 8n \+ 1.*swin_b multiples of 4: no side suits"):

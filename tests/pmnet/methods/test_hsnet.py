@@ -98,6 +98,7 @@ def plain_network(head, query, support, mask_BHW):
     return F.interpolate(head.decoder2(x), mask_BHW.shape[1:], mode="bilinear", align_corners=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_several_shots_vote_as_published():
     head = tiny_head().double()

@@ -21,6 +21,7 @@ def golden(shared):
     return DenseGolden(shared / "golden" / "methods" / "hsnet_hm_resnet50_1shot.npz")
 
 
+@pytest.mark.slow
 def test_logits_loss_and_gradients(golden):
     head = from_release("hsnet_hm", golden.under("weights")).head
     assert not head.training

@@ -36,6 +36,7 @@ def test_prototypes_and_logits(golden):
     assert_near(PANetHead()(query, support, masks), golden["logits"])
 
 
+@pytest.mark.slow
 def test_network_from_the_authors_names(golden):
     images = golden["query"], golden["support"], golden["support_masks"]
     method = from_release("panet", {f"module.{name}": tensor for name, tensor in golden.weights().items()})

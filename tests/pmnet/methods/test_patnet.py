@@ -217,6 +217,7 @@ def test_each_episode_is_tuned_alone_and_nothing_is_left_of_it():
     assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_answers_do_not_depend_on_the_batch_and_differ_from_those_without_tuning():
     head = tiny_head(tuning_steps=2, tuning_lr=0.05)
@@ -265,6 +266,7 @@ def test_tensors_of_something_else_are_refused(change, names):
 # Method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K, steps", [(1, 0), (3, 0), (2, 2)])
 def test_method_on_images_of_any_side(K, steps):
     torch.manual_seed(0)

@@ -75,6 +75,7 @@ def test_every_step_of_the_tuning_is_the_authors(golden, weights, part):
     )
 
 
+@pytest.mark.slow
 def test_answer_is_the_authors_whatever_the_mode(golden, weights):
     head, (query, support) = from_release(weights), bottleneck(golden)
     masks, expected = golden["support_masks"], golden["probability"]

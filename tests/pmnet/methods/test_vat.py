@@ -336,6 +336,7 @@ def images(B=2, K=3, H=72, W=88):
     return query, support, masks
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_method_on_images_of_any_side():
     method = tiny_method()

@@ -58,6 +58,7 @@ def test_method_and_its_parameters():
     assert own == vat == 3_180_954
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_supports_are_seen_once_and_as_images_without_background():
     method = tiny_method(VATHM)
@@ -75,6 +76,7 @@ def test_supports_are_seen_once_and_as_images_without_background():
     )
 
 
+@pytest.mark.slow
 def test_one_step_of_training():
     method = tiny_method(VATHM)
     query, support, masks = images(B=1, K=1)

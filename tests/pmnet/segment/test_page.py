@@ -84,6 +84,7 @@ def test_outline_is_filled_and_eraser_takes_away() -> None:
     assert int(example.mask().sum()) == pytest.approx(160 * 80, abs=300)
 
 
+@pytest.mark.slow
 def test_masks_follow_the_threshold_without_predicting(session, tmp_path: Path, monkeypatch) -> None:
     example = scene(tmp_path / "one.png", (160, 120), (40, 30, 100, 90))
     session.add_examples(session.categories[0], [("one.png", example)])
