@@ -13,7 +13,7 @@ from rich.text import Text
 from experiments.errors import UserError
 from experiments.report.collect import Found, collect, from_wandb
 from experiments.report.page import state_lines, write
-from experiments.report.tables import Benchmark, fb_iou, miou, rich_tables
+from experiments.report.tables import Benchmark, absent, fb_iou, miou, rich_tables
 
 LOG_WIDTH = 200  # columns when the output is not a terminal
 
@@ -43,7 +43,7 @@ def show(found: Found, benchmarks: list[Benchmark], out: Path) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, LOG_WIDTH)
-    for table in (make(b) for b in benchmarks for make in (miou, fb_iou)):
+    for table in filter(None, (make(b) for b in benchmarks for make in (miou, fb_iou, absent))):
         console.print(Text(table.title, "bold"), soft_wrap=True)
         for part in rich_tables(table, console.width):
             console.print(part)

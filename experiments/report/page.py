@@ -35,9 +35,16 @@ class Section:
     miou: Table
     fb_iou: Table
     per_class: Table
+    absent: Table | None
     made: Table
     figures: list[tuple[str, str, bytes]] = field(default_factory=list)
     class_figures: list[tuple[str, str, bytes]] = field(default_factory=list)
+
+    @property
+    def numbers(self) -> dict[str, Table]:
+        """The tables of results by the kind of their file."""
+        given = {"miou": self.miou, "fb-iou": self.fb_iou, "classes": self.per_class, "absent": self.absent}
+        return {kind: table for kind, table in given.items() if table}
 
 
 @dataclass
@@ -64,10 +71,10 @@ def write(found: Found, out: Path) -> list[Benchmark]:
     for _, name, png in [f for s in sections for f in (*s.figures, *s.class_figures)] + overall:
         replace(out / "figures" / f"{name}.png", png)
     replace(out / "report.md", markdown(found, sections, overall))
-    replace(out / "report.tex", "\n".join(tables.latex(t) for s in sections for t in (s.miou, s.fb_iou, s.per_class)))
+    replace(out / "report.tex", "\n".join(tables.latex(t) for s in sections for t in s.numbers.values()))
     replace(out / "report.csv", tables.tidy_csv(benchmarks))
     for s in sections:
-        for kind, table in (("miou", s.miou), ("fb-iou", s.fb_iou), ("classes", s.per_class)):
+        for kind, table in s.numbers.items():
             replace(out / "tables" / f"{kind}-{s.name}.csv", tables.as_csv(table))
     replace(out / "report.html", html(found, sections, overall, out))
     return benchmarks
@@ -81,7 +88,9 @@ def replace(path: Path, content: str | bytes) -> None:
 def section(b: Benchmark) -> Section:
     pair = b.dataset if b.dataset == b.target else f"{b.dataset}-{b.target}"
     name = re.sub(r"[^\w-]+", "-", f"{b.task}-{pair}-{b.backbone}")
-    result = Section(b.title, name, tables.miou(b), tables.fb_iou(b), tables.per_class(b), made.table(b))
+    result = Section(
+        b.title, name, tables.miou(b), tables.fb_iou(b), tables.per_class(b), tables.absent(b), made.table(b)
+    )
     result.figures = as_png("mIoU by fold", f"folds-{name}", figures.folds(b))
     for i, s in enumerate(figures.leading(b)):
         if any(s.classes(*key) for key in s.runs):
@@ -134,7 +143,8 @@ def markdown(found: Found, sections: Sequence[Section], overall: Sequence[tuple[
     lines = [f"# {tables.plain(title(found))}\n", f"{first}.\n", *(f"- {tables.plain(line)}" for line in rest), ""]
     for s in sections:
         lines += [f"## {tables.plain(s.title)}\n", tables.markdown(s.miou), *pictures(s.figures)]
-        lines += [tables.markdown(s.fb_iou), tables.markdown(s.per_class), *pictures(s.class_figures)]
+        lines += [tables.markdown(s.fb_iou), *([tables.markdown(s.absent)] if s.absent else [])]
+        lines += [tables.markdown(s.per_class), *pictures(s.class_figures)]
     lines += [*pictures(overall), f"## {made.TITLE}\n", *(tables.markdown(s.made) for s in sections)]
     return "\n".join(lines)
 

@@ -27,6 +27,17 @@ KEYS = ("miou", "fb_iou")
 FIRST = 22  # minimum width of the first column in a terminal
 ALL_FOREGROUND, UNTRAINED = "all_foreground", "untrained"  # baselines that are not training-free methods
 TOLERANCE = 0.1  # percent by which a baseline may differ between runs without a note
+ABSENT = {  # scores of episodes without the class -> their columns
+    "false_positive": "pixels marked",
+    "confused": "other class marked",
+    "marked": "images marked",
+    "presence_accuracy": "presence accuracy",
+    "presence_auroc": "presence AUROC",
+}
+ABSENT_NOTE = (
+    "Marked pixels and images are errors: less is better. Presence: how well a method tells queries that show the "
+    "class from those that do not. docs/absent.md defines the scores."
+)
 ABLATIONS = {"no_b3dconvs": "w/o B3DConvs", "no_background": "w/o Background"}
 
 
@@ -180,24 +191,34 @@ def in_paper(backbone: str) -> str:
 def baselines_of(series: Sequence[Series], notes: list[str]) -> list[Series]:
     """The baselines in the runs' records, each as a series of its own.
 
-    Marking everything as foreground has the same score in all runs on the same test episodes. A training-free method
-    also depends on the backbone's weights: one series for each choice of weights. An untrained network depends on the
-    configuration and the seed: one series for each of `series`.
+    Marking everything as foreground has the same score in all runs on the same test episodes: one series for each
+    protocol. A training-free method also depends on the backbone's weights: one series for each choice of weights. An
+    untrained network depends on the configuration and the seed: one series for each of `series`.
     """
-    names = dict.fromkeys(name for s in series for job in s.jobs for name in job.record.get("baselines", {}))
-    weights = list(dict.fromkeys(job.weights for s in series for job in s.jobs))
-    rows = [baseline("everything marked as foreground", ALL_FOREGROUND, series, notes)]
-    for name in names:
-        if name not in (ALL_FOREGROUND, UNTRAINED):
-            for choice in weights:
-                shown = f", weights {choice}" if len(weights) > 1 else ""
-                sharing = [s for s in series if s.jobs[0].weights == choice]
-                rows.append(baseline(f"{name.replace('_', ' ')}, training-free{shown}", name, sharing, notes))
+    rows = []
+    for protocol, sharing in grouped(series, "protocol").items():
+        under = f", protocol={protocol}" if len(grouped(series, "protocol")) > 1 else ""
+        rows.append(baseline(f"everything marked as foreground{under}", ALL_FOREGROUND, sharing, notes))
+        names = dict.fromkeys(name for s in sharing for job in s.jobs for name in job.record.get("baselines", {}))
+        by_weights = grouped(sharing, "weights")
+        for name in (name for name in names if name not in (ALL_FOREGROUND, UNTRAINED)):
+            for weights, alike in by_weights.items():
+                shown = f", weights {weights}" if len(by_weights) > 1 else ""
+                title = f"{name.replace('_', ' ')}, training-free{shown}{under}"
+                rows.append(baseline(title, name, alike, notes))
     for s in (s for s in series if not s.jobs[0].training_free):
         shown = f", {s.name}" if len(series) > 1 else ""
         runs = {key: [j for job in jobs for j in scored(job, UNTRAINED)] for key, jobs in s.runs.items()}
         rows.append(Series(f"before training{shown}", {key: jobs for key, jobs in runs.items() if jobs}))
     return [row for row in rows if row.runs]
+
+
+def grouped(series: Sequence[Series], option: str) -> dict[Any, list[Series]]:
+    """The series by their value of an option."""
+    groups: dict[Any, list[Series]] = defaultdict(list)
+    for s in series:
+        groups[s.jobs[0].config[option]].append(s)
+    return groups
 
 
 def baseline(title: str, name: str, series: Sequence[Series], notes: list[str]) -> Series:
@@ -299,6 +320,13 @@ def notes_on(s: Series) -> list[str]:
     }.items():
         if different > 1:
             notes.append(f"its runs have different {what} and are not comparable")
+    several = [j for j in s.jobs if "std" in j.record["test"]]
+    if several:
+        each = ", ".join(
+            f"{j.setting.get('shot', 1)}-shot fold {j.setting.get('fold', 0)} {j.record['test']['std']['miou']:.1f}"
+            for j in several
+        )
+        notes.append(f"each number is a mean over test lists; sample standard deviation of mIoU over the lists: {each}")
     seen = sorted({c for j in s.jobs for c in j.record.get("tested_classes_seen_in_training") or []})
     if seen:
         notes.append(f"tested classes that were seen in training: {', '.join(seen)}")
@@ -336,10 +364,24 @@ def miou(b: Benchmark) -> Table:
             printed = published_row("", like, pairs).cells[1:-1]
             gains = [gain(v, p) for v, p in zip(values, printed, strict=True)]
             table.rows.append(Row(["  against published", *gains, ""], "difference"))
+        if first := under_another_protocol(s, b):
+            theirs = [measured(first, b, *pair, "miou") for pair in pairs]
+            gains = [gain(v, str(statistics.mean(t)) if t else NONE) for v, t in zip(values, theirs, strict=True)]
+            table.rows.append(Row([f"  against {first.jobs[0].config['protocol']}", *gains, ""], "difference"))
         table.notes += partial_means(s, b, "miou")
     table.rows += [Row([*row.cells, ""], row.kind) for row in baseline_rows(b, "miou")]
     mark_best(table)
     return table
+
+
+def under_another_protocol(s: Series, b: Benchmark) -> Series | None:
+    """The first series that differs from this one in nothing but the protocol; None if it is the first itself."""
+
+    def rest(each: Series) -> dict[str, Any]:
+        return {k: v for k, v in each.jobs[0].config.items() if k != "protocol" and v is not None}
+
+    first = next(each for each in b.series if rest(each) == rest(s))
+    return None if first is s else first
 
 
 def parts(b: Benchmark) -> list[Any]:
@@ -452,6 +494,31 @@ def fb_iou(b: Benchmark) -> Table:
     table.rows += baseline_rows(b, "fb_iou")
     mark_best(table)
     return table
+
+
+def absent(b: Benchmark) -> Table | None:
+    """Scores of episodes whose query does not show the class; None if no run was tested with such episodes."""
+    heads = [f"{shot}-shot {name}" for shot in b.shots for name in ABSENT.values()]
+    table = Table(
+        f"Queries that do not show the class, means over folds and seeds in %. {b.title}", ["method", *heads], []
+    )
+    for s in (*b.series, *b.baselines):
+        kind, cells = "ours" if s in b.series else "baseline", []
+        for shot in b.shots:
+            tested = {fold: absent_scores(s.runs.get((shot, fold), [])) for fold in b.folds}
+            scores = [score for of_fold in tested.values() for score in of_fold]
+            cells += [f"{statistics.mean(each[key] for each in scores):.1f}" if scores else NONE for key in ABSENT]
+            folds = [str(fold) for fold, of_fold in tested.items() if of_fold]
+            if kind == "ours" and 0 < len(folds) < len(b.folds):
+                table.notes.append(f"{s.name}, {shot}-shot: over fold {', '.join(folds)} alone.")
+        if set(cells) != {NONE}:
+            table.rows.append(Row([s.name, *cells], kind))
+    table.notes.append(ABSENT_NOTE)
+    return table if table.rows else None
+
+
+def absent_scores(jobs: Iterable[Job]) -> list[dict[str, float]]:
+    return [job.record["test"]["absent"] for job in jobs if "absent" in job.record["test"]]
 
 
 def per_class(b: Benchmark) -> Table:

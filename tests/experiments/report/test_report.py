@@ -24,7 +24,17 @@ from experiments.errors import UserError
 from experiments.report.collect import collect, from_wandb
 from experiments.report.figures import curves, read_curves
 from experiments.report.page import missing, panels, write
-from experiments.report.tables import benchmarks, fb_iou, latex, markdown, miou, per_class, rich_tables, same_name
+from experiments.report.tables import (
+    absent,
+    benchmarks,
+    fb_iou,
+    latex,
+    markdown,
+    miou,
+    per_class,
+    rich_tables,
+    same_name,
+)
 from tests.conftest import ROOT, run_module
 
 PUBLISHED = OmegaConf.to_container(OmegaConf.load(ROOT / "experiments" / "published.yaml"))
@@ -195,6 +205,54 @@ def test_floors_say_which_weights_where_those_differ(tmp_path: Path) -> None:
     ]
     assert rows["prototype, training-free, weights v2"][:4] == [f"{40.1 + fold:.1f}" for fold in range(4)]
     assert rows["everything marked as foreground"][:5] == ["20.0"] * 5
+
+
+def under(folder: Path, protocol: str, fold: int, ious: dict[str, float], seed: int = 0, **test: object) -> None:
+    record = write_run(folder, fold, ious=ious, seed=seed)
+    rules = {"episodes": record["episodes"] | {"protocol": {"name": protocol}}}
+    floor = {"all_foreground": {"miou": 5.0 * len(protocol), "fb_iou": 1.0, "iou_per_class": {}}}
+    alter(folder, test=record["test"] | test, baselines=floor, **rules)
+
+
+def test_a_network_under_several_protocols_has_their_differences_and_floors(tmp_path: Path) -> None:
+    """Over two seeds and two of four folds: a difference is that of the means over the seeds."""
+    for seed in (0, 1):
+        for fold in (0, 1):
+            under(tmp_path / f"a{seed}{fold}", "hsnet", fold, {"cat": 40.0 + fold + 2 * seed}, seed)
+            under(tmp_path / f"b{seed}{fold}", "ssp", fold, {"cat": 43.5 + fold + 4 * seed}, seed)
+    (tmp_path / "other").mkdir()
+    under(tmp_path / "other" / "c", "pfenet", 0, {"cat": 30.0})
+    alter(tmp_path / "other" / "c", config={"optimizer": {"lr": 1}})  # another network: nothing to compare it with
+    table = miou(tabled(tmp_path))
+    rows = {row.cells[0]: row.cells[1:] for row in table.rows}
+    assert [name for name in rows if name.startswith("  against")] == ["  against published", "  against hsnet"]
+    assert rows["  against hsnet"] == ["+4.5", "+4.5", "-", "-", "-", ""]
+    floors = {name: cells[0] for name, cells in baseline_cells(table).items()}
+    assert floors == {f"everything marked as foreground, protocol={name}": value
+                      for name, value in (("hsnet", "25.0"), ("ssp", "15.0"), ("pfenet", "30.0"))}  # fmt: skip
+
+
+def test_absent_scores_have_a_table_that_says_which_folds_it_is_over(tmp_path: Path) -> None:
+    scores = {"false_positive": 4.0, "confused": 9.0, "marked": 50.0, "presence_auroc": 80.0, "presence_accuracy": 75.0}
+    write_run(tmp_path / "none" / "0")
+    assert absent(tabled(tmp_path / "none")) is None
+    for fold in range(4):
+        given = {"absent": {name: score + 4 * fold for name, score in scores.items()}} if fold < 2 else {}
+        under(tmp_path / "some" / str(fold), "hsnet", fold, {"cat": 40.0}, **given)
+    benchmark = tabled(tmp_path / "some")
+    table = absent(benchmark)
+    assert table.columns[1:4] == ["1-shot pixels marked", "1-shot other class marked", "1-shot images marked"]
+    assert [row.cells for row in table.rows] == [["PMNet, ours", "6.0", "11.0", "52.0", "77.0", "82.0"]]
+    assert "PMNet, ours, 1-shot: over fold 0, 1 alone." in table.notes
+    write(collect([tmp_path / "some"]), tmp_path / "out")
+    for name in ("report.html", "report.md", "report.tex", "tables/absent-cross_category-pascal-resnet50.csv"):
+        assert "77.0" in (tmp_path / "out" / name).read_text(), name
+
+
+def test_the_deviation_over_test_lists_is_told(tmp_path: Path) -> None:
+    for fold in range(2):
+        under(tmp_path / str(fold), "ssp", fold, {"cat": 40.0}, std={"miou": 0.75 + fold, "fb_iou": 3.0})
+    assert any("over the lists: 1-shot fold 0 0.8, 1-shot fold 1 1.8" in note for note in tabled(tmp_path).notes)
 
 
 def test_an_untrained_network_is_a_baseline_of_its_series_with_its_seeds(tmp_path: Path) -> None:
