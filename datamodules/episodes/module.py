@@ -381,6 +381,7 @@ class FewShotDataModule(L.LightningDataModule):
             "base_classes": self.base_classes,
             "splits": self.dataset.splits,
             "train_lists_sha256": json_hash(self.train_lists),
+            "images": len({name for names in self.train_lists.values() for name in names}),
             "train_shot": self.train_shot,
             "image_size": list(self.image_size),
             "batch_size": self.batch_size,
@@ -400,9 +401,12 @@ class FewShotDataModule(L.LightningDataModule):
         """The entry `absent` of a record; no entry if there are no absent episodes."""
         if not self.absent:
             return {}
-        specs = self.absent_lists[self.protocol.seed]
-        rows = json_hash([spec.row() for spec in specs])
-        return {"absent": {"share": self.absent, "episodes": len(specs), "episode_list_sha256": rows}}
+        count, rows = len(self.absent_lists[self.protocol.seed]), self.absent_hash(self.protocol.seed)
+        return {"absent": {"share": self.absent, "episodes": count, "episode_list_sha256": rows}}
+
+    def absent_hash(self, seed: int) -> str:
+        """sha256 of the absent episodes of a test list."""
+        return json_hash([spec.row() for spec in self.absent_lists[seed]])
 
     def record_left_out(self, *parts: str) -> dict[str, object]:
         """The entry `classes_left_out` of a record; no entry if every class of these parts has enough images."""

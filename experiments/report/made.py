@@ -99,8 +99,8 @@ def head(job: Job) -> str:
         return UNSAID
     fold = job.setting.get("fold", UNSAID)
     which = f" (fold {fold})" if classes == tested.get("base_classes") else ""
-    audited = audit_of(job).get("head") or [{}]
-    seen = f", {audited[0]['images']:,} images" if audited[0].get("images") else ""
+    count_of = training.get("images") or (audit_of(job).get("head") or [{}])[0].get("images")
+    seen = f", {count_of:,} images" if count_of else ""
     start = (job.record.get("config") or {}).get("ckpt") if job.record.get("mode") == "train" else None
     return (
         f"{training.get('dataset', UNSAID)}, {count(classes, 'base class')}{which}{seen}: {training.get('splits')}"

@@ -129,6 +129,7 @@ def spread(data: FewShotDataModule, lists: list[TestResult]) -> dict[str, Any]:
         return {}
     rows: list[dict[str, Any]] = [
         {"seed": seed, "episode_list_sha256": list_hash(data.test_lists[seed])}
+        | ({"absent_list_sha256": data.absent_hash(seed)} if data.absent else {})
         | {name: round(result.scores[name], 4) for name in ("miou", "fb_iou")}
         for seed, result in zip(data.test_seeds, lists, strict=True)
     ]

@@ -139,6 +139,7 @@ def test_images_with_novel_pixels_can_be_removed():
     assert not {s.query for s in map(data.train_specs.__getitem__, [(0, i) for i in range(9)])} & data.show_novel
     kept = FewShotDataModule(Shared(), **SETTING | {"fold": 1})
     assert kept.train_lists["d"] == ["00", "02", "03", "04", "06", "07", "08", "10", "11"]
+    assert data.training_record["images"] == 6
     assert kept.training_record["train_lists_sha256"] != data.training_record["train_lists_sha256"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.experiments.run.test_methods import run_here
 
-SETTING = ["model=prototype", "backbone=small", "episodes.image_size=64", "episodes.test=10"]
+SETTING = ["model=prototype", "backbone=small", "episodes.image_size=64", "episodes.test=10", "episodes.absent=0.2"]
 NAMES = ("miou", "fb_iou")
 
 
@@ -18,6 +18,7 @@ def test_several_lists_are_the_mean_of_single_ones(tmp_path: Path) -> None:
     alone = [run_here(tmp_path / f"{seed}", *SETTING, f"protocol.seed={seed}") for seed in (0, 1, 2)]
     for row, record in zip(together["test"]["lists"], alone, strict=True):
         assert row["episode_list_sha256"] == record["episodes"]["episode_list_sha256"]
+        assert row["absent_list_sha256"] == record["episodes"]["absent"]["episode_list_sha256"]
         assert [row[name] for name in NAMES] == [record["test"][name] for name in NAMES]
         assert "lists" not in record["test"]
     for name in NAMES:
