@@ -53,6 +53,9 @@ class WandbLogger(LightningWandbLogger):
     ) -> None:  # fmt: skip
         super().__init__(save_dir=save_dir, id=run_id(Path(save_dir)), **init)
         self._wandb_init.pop("anonymous")  # deprecated: wandb warns about it
+        if of_agent():
+            for chosen in ("project", "entity", "id"):
+                self._wandb_init.pop(chosen, None)  # by the agent: wandb warns about others
         self.checkpoint, self.failed = checkpoint, False
 
         def configure() -> None:  # raises if wandb rejects an environment variable
@@ -136,6 +139,8 @@ class WandbLogger(LightningWandbLogger):
                 baselines = {f"test/baselines/{name}/{key}": s[key] for name, s in record["baselines"].items()}
                 run.summary.update({f"test/{key}": test[key], **baselines})
             run.summary.update({f"test/absent/{key}": score for key, score in test.get("absent", {}).items()})
+            if (best := record["checkpoint"].get("val_miou")) is not None:
+                run.summary["val/best_miou"] = best  # a plain number, which a search of W&B can compare
             if trained_by := record["training"].get("run"):  # no training if the method learns nothing
                 run.config.update({"trained_by": trained_by}, allow_val_change=True)
             pictures = sorted((folder / "predictions").glob("*-episode*.png"))
@@ -152,8 +157,11 @@ class WandbLogger(LightningWandbLogger):
 
 def finish(code: int) -> None:
     """Ends the W&B run, if one is open."""
-    with suppress(Exception):  # a failure of W&B has already been logged
+    try:
         wandb.finish(exit_code=code)
+    except Exception:  # a failure of W&B has already been logged
+        with suppress(Exception):
+            wandb.teardown()  # else it would try again, and fail again, when Python exits
 
 
 def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
@@ -202,11 +210,16 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def of_agent() -> str | None:
+    """The id that `wandb agent` has given the run; None if no agent started it."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+
+
 def run_id(folder: Path) -> str:
     """The id of the folder's W&B run, stored in the file `wandb-run-id`."""
     path = folder / "wandb-run-id"
     if not path.exists() and is_first():
-        path.write_text(secrets.token_hex(4))
+        path.write_text(of_agent() or secrets.token_hex(4))
     return path.read_text() if path.exists() else ""
 
 

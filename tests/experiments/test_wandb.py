@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import wandb
+import yaml
 
 from experiments.loggers import WandbLogger, finish
 from tests.conftest import ROOT, TINY, command, results, run
@@ -51,21 +53,23 @@ class Acceptance(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode(errors="replace")
-        data: dict = {
-            "viewer": {"id": "v", "username": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}},
-            "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None, "features": []},
-            **dict.fromkeys(("model", "project", "entity")),
-        }
-        if "upsertBucket" in asked:
-            project = {"id": "p", "name": "pmnet", "entity": {"id": "e", "name": "me"}}
-            bucket = {"id": "b", "name": "run", "displayName": "run", "historyLineCount": 0, "project": project}
-            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
-        answer = json.dumps({"data": data}).encode()
+        answer = json.dumps({"data": self.data(asked)}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
+
+    def data(self, asked: str) -> dict:
+        if "upsertBucket" in asked:
+            project = {"id": "p", "name": "pmnet", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "b", "name": "run", "displayName": "run", "historyLineCount": 0, "project": project}
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        return {
+            "viewer": {"id": "v", "username": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}},
+            "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None, "features": []},
+            **dict.fromkeys(("model", "project", "entity")),
+        }
 
     do_GET = do_PUT = do_POST
 
@@ -193,3 +197,71 @@ def services_of(pid: int) -> list[int]:
         ["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True
     )
     return [int(line.split()[0]) for line in children.stdout.splitlines() if "wandb-core" in line]
+
+
+class Leading(Acceptance):
+    """Leads a search as W&B's server does: gives an agent its trials in turn, and has the first of them stopped."""
+
+    sweep: str  # the content of its file
+    folder: Path
+    trials: list[dict]
+    begun: list[str]
+
+    def data(self, asked: str) -> dict:
+        if "SweepWithRuns" in asked:
+            return {"project": {"sweep": {"config": self.sweep, "runs": {"edges": []}}}}
+        if "CreateAgent" in asked:
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if "mutation Heartbeat" in asked:
+            commands = self.commands(json.loads(json.loads(asked)["variables"]["runState"]))
+            return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
+        if "CreateRunFiles" in asked:
+            return {"createRunFiles": {"uploadHeaders": [], "files": []}}
+        data = super().data(asked)
+        if "upsertBucket" in data:
+            data["upsertBucket"]["bucket"]["name"] = json.loads(asked)["variables"]["name"]
+            self.begun.append(data["upsertBucket"]["bucket"]["name"])
+        return data
+
+    def commands(self, running: dict[str, str]) -> list[dict]:
+        if not running:
+            return [self.trials.pop(0) if self.trials else {"type": "exit"}]
+        first = self.folder / "one"
+        stoppable = (first / "checkpoints" / "last.ckpt").exists() and not (first / "results.json").exists()
+        return [{"type": "stop", "run_id": "one"}] if "one" in running and len(self.trials) == 2 and stoppable else []
+
+
+def test_search_that_wandb_leads(tmp_path: Path) -> None:
+    """`wandb agent` with the documented file; a trial that is stopped and started again goes on in its run."""
+    sweep = yaml.safe_load((ROOT / "docs/examples/wandb_sweep.yaml").read_text())
+    replaced = {"dataset=pascal": [*TINY, "trainer.max_epochs=40", "logger.finish_timeout=5", "reuse=false"]}
+    replaced |= {"fold=0": [], "validation=fss": [], "${interpreter}": [sys.executable]}
+    command = [part for given in sweep["command"] for part in replaced.get(given, [given])]
+    sweep["command"] = [part.replace("outputs/trials", str(tmp_path)) for part in command]
+    one, two = ({"optimizer.lr": {"value": lr}, "model.dropout": {"value": 0.3}} for lr in (0.0125, 0.00025))
+    trials = [("run", "one", one), ("resume", "one", one), ("run", "two", two)]
+
+    Leading.sweep, Leading.folder, Leading.begun = yaml.dump(sweep), tmp_path, []
+    Leading.trials = [{"type": kind, "run_id": i, "program": "run.py", "args": args} for kind, i, args in trials]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Leading)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}
+    place |= {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": KEY}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("wandb"), "agent", "me/pmnet/search"],
+        cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
+        env=os.environ | place | {"OMP_NUM_THREADS": "1", "WANDB_AGENT_REPORT_INTERVAL": "1"},
+    )  # fmt: skip
+    server.shutdown()
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "Traceback" not in output, output
+    assert "Ignoring" not in output, output
+    for name, told in (("one", one), ("two", two)):
+        record = results(tmp_path / name)
+        assert record["config"]["optimizer"]["lr"] == told["optimizer.lr"]["value"]
+        assert record["training"]["epochs"] <= 40
+        assert (tmp_path / name / "wandb-run-id").read_text() == name
+    assert set(Leading.begun) == {"one", "two"}
+    assert (tmp_path / "one" / "metrics-1.csv").exists()  # the part before the stop
+    assert len(list((tmp_path / "one" / "wandb").glob("run-*-one"))) == 2
