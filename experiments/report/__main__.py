@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from experiments.errors import UserError
+from experiments.report.benchmarks import Benchmark
 from experiments.report.collect import Found, collect, from_wandb
 from experiments.report.page import state_lines, write
-from experiments.report.tables import Benchmark, absent, fb_iou, miou, rich_tables
+from experiments.report.renderings import rich_tables
+from experiments.report.tables import absent, fb_iou, miou
 
 LOG_WIDTH = 200  # columns when the output is not a terminal
 

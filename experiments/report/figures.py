@@ -13,21 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from experiments.report.benchmarks import NONE, Benchmark, Series, method, published, same_name
 from experiments.report.collect import Found, by_number
-from experiments.report.tables import (
-    NONE,
-    Benchmark,
-    Series,
-    as_printed,
-    mean_of,
-    measured,
-    method,
-    part_name,
-    parts,
-    printed_value,
-    published,
-    same_name,
-)
+from experiments.report.tables import as_printed, mean_of, measured, part_name, parts, printed_value
 
 matplotlib.use("Agg")
 ROWS, MOST = 10, 160  # at most this many series, and classes, in a figure

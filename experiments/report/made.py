@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.files import read_json
+from experiments.report.benchmarks import NONE, Benchmark, method
 from experiments.report.collect import Job
-from experiments.report.tables import NONE, Benchmark, Row, Table, method
+from experiments.report.tables import Row, Table
 
 TITLE = "How these numbers were made"
 COLUMNS = ["numbers", "backbone", "head trained on", "epoch", "test list", "images", "255 and novel pixels", "floors"]

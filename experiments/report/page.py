@@ -17,9 +17,10 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.report import figures, made, tables
-from experiments.report.collect import Found, Job
-from experiments.report.tables import Benchmark, Table
+from experiments.report import figures, made, renderings, tables
+from experiments.report.benchmarks import NONE, Benchmark, benchmarks
+from experiments.report.collect import Found, Job, all_equal
+from experiments.report.tables import Table
 from pmnet.replacing import replacing
 
 STATES = ("finished", "failed", "unfinished", "not started")
@@ -64,20 +65,20 @@ def write(found: Found, out: Path) -> list[Benchmark]:
     """
     for folder in ("figures", "tables"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    benchmarks = tables.benchmarks(found.tested)
-    sections = [section(b) for b in benchmarks]
-    overall = as_png("Comparison with the paper", "radar", figures.radar(benchmarks))
+    of_report = benchmarks(found.tested)
+    sections = [section(b) for b in of_report]
+    overall = as_png("Comparison with the paper", "radar", figures.radar(of_report))
     overall += as_png("Learning curves", "curves", figures.curves(found))
     for _, name, png in [f for s in sections for f in (*s.figures, *s.class_figures)] + overall:
         replace(out / "figures" / f"{name}.png", png)
     replace(out / "report.md", markdown(found, sections, overall))
-    replace(out / "report.tex", "\n".join(tables.latex(t) for s in sections for t in s.numbers.values()))
-    replace(out / "report.csv", tables.tidy_csv(benchmarks))
+    replace(out / "report.tex", "\n".join(renderings.latex(t) for s in sections for t in s.numbers.values()))
+    replace(out / "report.csv", renderings.tidy_csv(of_report))
     for s in sections:
         for kind, table in s.numbers.items():
-            replace(out / "tables" / f"{kind}-{s.name}.csv", tables.as_csv(table))
+            replace(out / "tables" / f"{kind}-{s.name}.csv", renderings.as_csv(table))
     replace(out / "report.html", html(found, sections, overall, out))
-    return benchmarks
+    return of_report
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -137,15 +138,20 @@ def missing(found: Found) -> list[str]:
 
 def markdown(found: Found, sections: Sequence[Section], overall: Sequence[tuple[str, str, bytes]]) -> str:
     def pictures(figures: Sequence[tuple[str, str, bytes]]) -> list[str]:
-        return [f"![{tables.plain(heading)}](figures/{name}.png)\n" for heading, name, _ in figures]
+        return [f"![{renderings.plain(heading)}](figures/{name}.png)\n" for heading, name, _ in figures]
 
     first, *rest = state_lines(found)
-    lines = [f"# {tables.plain(title(found))}\n", f"{first}.\n", *(f"- {tables.plain(line)}" for line in rest), ""]
+    lines = [
+        f"# {renderings.plain(title(found))}\n",
+        f"{first}.\n",
+        *(f"- {renderings.plain(line)}" for line in rest),
+        "",
+    ]
     for s in sections:
-        lines += [f"## {tables.plain(s.title)}\n", tables.markdown(s.miou), *pictures(s.figures)]
-        lines += [tables.markdown(s.fb_iou), *([tables.markdown(s.absent)] if s.absent else [])]
-        lines += [tables.markdown(s.per_class), *pictures(s.class_figures)]
-    lines += [*pictures(overall), f"## {made.TITLE}\n", *(tables.markdown(s.made) for s in sections)]
+        lines += [f"## {renderings.plain(s.title)}\n", renderings.markdown(s.miou), *pictures(s.figures)]
+        lines += [renderings.markdown(s.fb_iou), *([renderings.markdown(s.absent)] if s.absent else [])]
+        lines += [renderings.markdown(s.per_class), *pictures(s.class_figures)]
+    lines += [*pictures(overall), f"## {made.TITLE}\n", *(renderings.markdown(s.made) for s in sections)]
     return "\n".join(lines)
 
 
@@ -197,10 +203,10 @@ def provenance(jobs: Sequence[Job], found: Found, out: Path) -> tuple[dict[str, 
     """The facts that all runs share, the names of those that differ, and one row for each run with the latter."""
     facts = [facts_of(job, found) for job in jobs]
     names = list(dict.fromkeys(name for f in facts for name in f))
-    shared = {n: facts[0][n] for n in names if n not in ALWAYS and tables.all_equal(f.get(n) for f in facts)}
+    shared = {n: facts[0][n] for n in names if n not in ALWAYS and all_equal(f.get(n) for f in facts)}
     columns = [n for n in names if n not in shared]
     origins = [
-        Origin(job.name, link(job, out), [f.get(c, tables.NONE) for c in columns], shlex.join(job.overrides))
+        Origin(job.name, link(job, out), [f.get(c, NONE) for c in columns], shlex.join(job.overrides))
         for job, f in zip(jobs, facts, strict=True)
     ]
     return shared, columns, origins

@@ -10,9 +10,10 @@ from rich.markup import escape
 
 from experiments.errors import UserError
 from experiments.report.__main__ import show
+from experiments.report.benchmarks import Benchmark, Series
 from experiments.report.collect import collect
 from experiments.report.page import state_lines, write
-from experiments.report.tables import Benchmark, Series, mean_of, number_columns
+from experiments.report.tables import mean_of, number_columns
 
 
 def sum_up(folder: Path, cfg: DictConfig) -> int:

@@ -21,20 +21,12 @@ from PIL import Image
 from rich.console import Console
 
 from experiments.errors import UserError
+from experiments.report.benchmarks import benchmarks, same_name
 from experiments.report.collect import collect, from_wandb
 from experiments.report.figures import curves, read_curves
 from experiments.report.page import missing, panels, write
-from experiments.report.tables import (
-    absent,
-    benchmarks,
-    fb_iou,
-    latex,
-    markdown,
-    miou,
-    per_class,
-    rich_tables,
-    same_name,
-)
+from experiments.report.renderings import latex, markdown, rich_tables
+from experiments.report.tables import absent, fb_iou, miou, per_class
 from tests.conftest import ROOT, run_module
 
 PUBLISHED = OmegaConf.to_container(OmegaConf.load(ROOT / "experiments" / "published.yaml"))

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from datamodules.prepare.ready import prepare
-from experiments.report.tables import PUBLISHED, in_paper, same_name
+from experiments.report.benchmarks import PUBLISHED, in_paper, same_name
 from pmnet.methods import all_methods
 from tests.conftest import ROOT, results, run
 from tests.data import fss
