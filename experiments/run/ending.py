@@ -79,6 +79,8 @@ def end_children(but: str | None = None) -> None:
     Args:
         but: what the names of those contain that end by themselves.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each worker that is killed here
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if but is None or but not in child.name():

@@ -35,3 +35,21 @@ def test_signal_ends_the_process_unless_it_was_started_to_ignore_it(ignored: int
     time.sleep(0.1)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == code
+
+
+KILLS = """
+import time
+from torch.utils.data import DataLoader
+from experiments.run.ending import end_children
+batches = iter(DataLoader(range(100), num_workers=1))
+next(batches)
+end_children()
+time.sleep(0.5)
+print("ended")
+"""
+
+
+def test_workers_that_are_killed_at_the_end_are_no_error() -> None:
+    """Those whose loader an error still holds: torch hears of their death by a signal, and would raise anywhere."""
+    done = subprocess.run([sys.executable, "-c", KILLS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "ended\n", done.stderr

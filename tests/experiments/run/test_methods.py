@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
     with open_dict(cfg):
         del cfg["hydra"]
     folder.mkdir()
-    run_job(cfg)
+    with patch("experiments.run.failures.end_children"):  # the children of this process are those of all tests
+        run_job(cfg)
     return results(folder)
 
 

@@ -21,11 +21,14 @@ from tests.data.folder import write_by_class, write_indexed
 pytestmark = pytest.mark.slow
 
 
+ABSENT = "episodes.absent=0.3"  # 5 episodes beside the 11 others
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished training run of three epochs."""
     folder = tmp_path_factory.mktemp("trained")
-    done = run(*TINY, "trainer.max_epochs=3", "untrained=true", f"hydra.run.dir={folder}")
+    done = run(*TINY, ABSENT, "trainer.max_epochs=3", "untrained=true", f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     (folder / "output.txt").write_text(done.stdout + done.stderr)
     return folder
@@ -63,7 +66,7 @@ def test_run_leaves_checkpoints_curves_and_pictures(trained: Path) -> None:
     assert pictures == ["best", "overview.png", "random", "worst"]
     assert Image.open(trained / "predictions" / "overview.png").width > 200
     episodes = list(csv.DictReader((trained / "episodes.csv").open()))
-    assert [int(row["index"]) for row in episodes] == list(range(11))
+    assert [int(row["index"]) for row in episodes] == list(range(11 + 5))
 
 
 @pytest.mark.parametrize(
@@ -72,11 +75,12 @@ def test_run_leaves_checkpoints_curves_and_pictures(trained: Path) -> None:
     ids=["two workers", "another batch size", "two processes"],
 )
 def test_same_numbers_however_it_is_tested(trained: Path, tmp_path: Path, how: list[str]) -> None:
-    done = run(*TINY, *how, "mode=test", f"ckpt={trained}", f"hydra.run.dir={tmp_path}")
+    done = run(*TINY, ABSENT, *how, "mode=test", f"ckpt={trained}", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
+    assert set(results(trained)["test"]) == {"miou", "fb_iou", "iou_per_class", "absent"}
     assert results(tmp_path)["test"] == results(trained)["test"]
     assert results(tmp_path)["episodes"] == results(trained)["episodes"]
-    assert len(list(csv.DictReader((tmp_path / "episodes.csv").open()))) == 11
+    assert (tmp_path / "episodes.csv").read_text() == (trained / "episodes.csv").read_text()
 
 
 def test_two_processes_train_on_the_episodes_of_one(tmp_path: Path) -> None:
@@ -92,7 +96,7 @@ def test_two_processes_train_on_the_episodes_of_one(tmp_path: Path) -> None:
 
 
 def test_killed_training_resumes_to_the_same_result(trained: Path, tmp_path: Path) -> None:
-    whole = [*TINY, "trainer.max_epochs=3", f"hydra.run.dir={tmp_path}"]
+    whole = [*TINY, ABSENT, "trainer.max_epochs=3", f"hydra.run.dir={tmp_path}"]
     process = subprocess.Popen(command(*whole), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     last = tmp_path / "checkpoints" / "last.ckpt"
     deadline = time.time() + 120
