@@ -19,6 +19,7 @@ from datamodules.episodes.dataset import FewShotDataset, Split
 from datamodules.episodes.episode import IGNORE, EpisodeSpec
 from datamodules.episodes.sampler import Draw, Names, draw_in_turn, json_hash
 from datamodules.errors import DatasetError
+from datamodules.inventory import Inventory, Pixels, counted
 from datamodules.prepare.download import Download
 from datamodules.prepare.source import Source, visible
 from pmnet.replacing import replacing
@@ -210,6 +211,13 @@ class Benchmark(FewShotDataset):
                 "benchmark again."
             )
         return torch.from_numpy(index)
+
+    def pixels(self, names: Iterable[str]) -> dict[str, Pixels]:
+        files = {name: [self.mask_path(name)] for name in names}
+        inventory = Inventory([self.name, str(self.root.absolute()), self.splits])
+        return inventory.pixels(
+            files, lambda name: counted(self.read_index(name).numpy()), f"Reading masks of {self.name}"
+        )
 
     def check(self, names: Iterable[str]) -> None:
         if not self.root.is_dir():

@@ -16,6 +16,7 @@ from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
 from datamodules.episodes.protocol import HSNET, Protocol
 from datamodules.episodes.sampler import Images, PlainDraw, TrainingEpisodes, draw_in_turn
 from datamodules.errors import DatasetError
+from datamodules.inventory import Pixels, counted
 from pmnet.segment.images import resize_image, resize_mask
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,20 @@ class FewShotDataset(ABC):
             ImageError: the file is missing or cannot be read.
             DatasetError: the file is not a valid mask.
         """
+
+    def pixels(self, names: Iterable[str]) -> dict[str, Pixels]:
+        """Counts the pixels of masks; reads them.
+
+        Args:
+            names: names of images.
+
+        Returns:
+            Name -> value of the index mask -> number of its pixels.
+
+        Raises:
+            ImageError, DatasetError: as `read_index`.
+        """
+        return {name: counted(self.read_index(name).numpy()) for name in names}
 
     def read_mask(self, name: str, class_id: int) -> Tensor:
         """Reads the mask of one class.

@@ -1,15 +1,12 @@
 """The LightningDataModule: training, validation and test episodes of one fold of one setting."""
 
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 
 from datamodules.episodes.absent import AbsentSpec, WithAbsent, count_absent, draw_absent
@@ -22,7 +19,6 @@ from datamodules.episodes.protocol import HSNET, Protocol
 from datamodules.episodes.sampler import EpochSampler, Images, TrainingEpisodes, json_hash, list_hash
 from datamodules.episodes.tasks import check_pair, same_benchmark
 from datamodules.errors import DatasetError
-from datamodules.progress import track
 from datamodules.registry import all_datasets
 
 log = logging.getLogger(__name__)
@@ -257,18 +253,12 @@ class FewShotDataModule(L.LightningDataModule):
 
     @cached_property
     def show_novel(self) -> frozenset[str]:
-        """Names of the training images that have a pixel of a novel class. Reads all their masks."""
+        """Names of the training images that have a pixel of a novel class."""
         if not self.maskable:
             return frozenset()
-        novel = torch.tensor([c + 1 for c in self.novel_class_ids], dtype=torch.uint8)
+        novel = {c + 1 for c in self.novel_class_ids}
         names = sorted({n for c in self.train_choice.class_ids for n in self.dataset.images_of(c, "train")})
-
-        def shows(name: str) -> bool:
-            return bool(torch.isin(self.dataset.read_index(name), novel).any())
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(track(pool.map(shows, names), "Looking for novel classes in training images", len(names)))
-        return frozenset(name for name, novel_there in zip(names, found, strict=True) if novel_there)
+        return frozenset(name for name, counts in self.dataset.pixels(names).items() if novel & counts.keys())
 
     @property
     def novel_class_ids(self) -> list[int]:

@@ -12,8 +12,7 @@ The two simplest layouts; the docs list all:
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +23,17 @@ from datamodules.episodes.dataset import FewShotDataset, Fold, Split
 from datamodules.episodes.episode import IGNORE
 from datamodules.episodes.sampler import json_hash
 from datamodules.errors import DatasetError
-from datamodules.progress import track
+from datamodules.inventory import Inventory, Pixels, counted, stamp
 from pmnet.errors import SettingError
 from pmnet.segment.formats import Annotated, read_folder
 from pmnet.segment.formats.annotated import listed as class_names  # noqa: F401
-from pmnet.segment.images import one_error
-
-Pixels = dict[int, int]  # value in a mask -> number of its pixels
 
 
 class FolderDataset(FewShotDataset):
     """A folder of images and masks.
 
-    All files are read once at the start, so that a broken file is found before training.
+    All files are read at the first start, so that a broken file is found before training; later, those that are new
+    or changed.
 
     Args:
         root: the folder, in any format of `pmnet.segment.formats`.
@@ -84,7 +81,7 @@ class FolderDataset(FewShotDataset):
         try:
             self.files = {each.name: each for each in read_folder(self.root)}
             self.stamps = {path: stamp(path) for each in self.files.values() for path in (each.path, each.source)}
-            pixels = scan(self.files, title)
+            self.counts = self.scan(title)
         except SettingError as error:
             raise DatasetError(str(error)) from error
         self.classes = list(next(iter(self.files.values())).classes)
@@ -92,7 +89,28 @@ class FolderDataset(FewShotDataset):
         self.splits = f"images of {title}/ where the class covers at least {min_area:.2%} of the pixels; " + (
             f"last {test_fraction:.0%} by name for testing" if test_fraction else "all for training and testing"
         )
-        self.names = self.split_images(pixels, test_fraction)
+        self.names = self.split_images(self.counts, test_fraction)
+
+    def scan(self, title: str) -> dict[str, Pixels]:
+        """Reads and checks the images and masks that no earlier start has read.
+
+        Args:
+            title: the folder's name, for the progress bar.
+
+        Returns:
+            Name -> number of pixels of each value in the mask.
+
+        Raises:
+            SettingError: an annotation is invalid, or its size differs from that of its image.
+            ImageError: a file cannot be read.
+        """
+        every = self.files.values()
+        of = [str(self.root.absolute()), *sorted({(*each.classes, each.meaning) for each in every})]
+        files = {name: (each.path, each.source) for name, each in self.files.items()}
+        return Inventory(of).pixels(files, lambda name: examine(self.files[name]), f"Reading {title}")
+
+    def pixels(self, names: Iterable[str]) -> dict[str, Pixels]:
+        return {name: self.counts[name] for name in names}
 
     def split_images(self, pixels: Mapping[str, Pixels], test_fraction: float) -> dict[Split, list[list[str]]]:
         """The names of the images that show each class, for each split.
@@ -160,37 +178,10 @@ class FolderDataset(FewShotDataset):
         )
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of the last change. Raises ImageError if there is no such file."""
-    with one_error(path):
-        stat = path.stat()
-        return stat.st_size, stat.st_mtime_ns
-
-
-def scan(files: Mapping[str, Annotated], what: str) -> dict[str, Pixels]:
-    """Reads and checks all images and masks once, on all CPU cores.
-
-    Args:
-        files: name -> image and mask.
-        what: what is read, for the progress bar.
-
-    Returns:
-        Name -> number of pixels of each value in the mask.
-
-    Raises:
-        SettingError: an annotation is invalid, or its size differs from that of its image.
-        ImageError: a file cannot be read.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(examine, files.values())
-        return dict(zip(files, track(found, f"Reading {what}", len(files)), strict=True))
-
-
 def examine(each: Annotated) -> Pixels:
-    """The pixels of each value in one mask; errors as those of `scan`."""
+    """Reads an image and its mask, and counts the pixels of each value in the mask; errors as those of `scan`."""
     each.pixels()
-    counts = np.bincount(each.masks().ravel())
-    return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
+    return counted(each.masks())
 
 
 def areas(counts: Pixels) -> Pixels:

@@ -7,6 +7,7 @@ from torch import Tensor
 from datamodules.episodes.dataset import FewShotDataset, Split
 from datamodules.episodes.episode import IGNORE
 from datamodules.errors import DatasetError
+from datamodules.inventory import Pixels
 
 
 class MixtureDataset(FewShotDataset):
@@ -61,10 +62,27 @@ class MixtureDataset(FewShotDataset):
         index = self.sources[source].read_index(image)
         return index + self.first[source] * ((index != 0) & (index != IGNORE)).to(index.dtype)
 
+    def pixels(self, names: Iterable[str]) -> dict[str, Pixels]:
+        found: dict[str, Pixels] = {}
+        for source, images in self.by_source(names).items():
+            for image, counts in self.sources[source].pixels(images).items():
+                first = self.first[source]
+                found[f"{source}:{image}"] = {
+                    value + first * (value not in (0, IGNORE)): number for value, number in counts.items()
+                }
+        return found
+
+    def by_source(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Source -> its own names of images."""
+        groups: dict[str, list[str]] = {source: [] for source in self.sources}
+        for name in names:
+            source, _, image = name.partition(":")
+            groups[source].append(image)
+        return groups
+
     def check(self, names: Iterable[str]) -> None:
-        names = list(names)
-        for name, source in self.sources.items():
-            source.check(image.removeprefix(f"{name}:") for image in names if image.startswith(f"{name}:"))
+        for source, images in self.by_source(names).items():
+            self.sources[source].check(images)
 
     def fingerprint(self) -> str:
         return "; ".join(f"{name}: {source.fingerprint()}" for name, source in self.sources.items())

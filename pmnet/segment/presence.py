@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PRESENT = 0.5  # from this score on, the class counts as present
 MOST = 8  # images of each kind that are looked at
-ALONE = 0.5  # of one support without negatives: the threshold's share of the support's own evidence
+ALONE = 0.45  # of one support without negatives: the threshold's share of the support's own evidence
 SEEN = 0.55  # of one support: what another image with the class shows, as a share of the support's own evidence
 BESIDE = 0.4  # where the threshold lies between "without" and "with", if one of the two is not measured on images
 LIKELY = 0.8  # score of the mean image that shows the class

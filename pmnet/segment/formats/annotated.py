@@ -63,6 +63,7 @@ class Annotated:
         source: the annotation's file.
         read: makes the mask; `masks` checks it.
         classes: the names of all classes of the folder.
+        meaning: what else the mask depends on, besides these and the annotation's file.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Annotated:
     source: Path
     read: Callable[[], np.ndarray]
     classes: Sequence[str]
+    meaning: str = ""
 
     @property
     def path(self) -> Path:

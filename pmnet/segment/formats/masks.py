@@ -101,9 +101,10 @@ def read_indexed(roots: Mapping[Path, Mapping[str, Pair]], root: Path) -> list[A
         title = Path(os.path.abspath(root)).name
         legend = legend_of(folder) or legend_of(root)
         classes, read = reader_of(folder, legend, [pair.mask for pair in pairs.values()], title)
+        meaning = f"{read.__qualname__} {legend}"
         prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         found += [
-            Annotated(f"{prefix}{name}", pair.image, pair.mask, partial(read, pair.mask), classes)
+            Annotated(f"{prefix}{name}", pair.image, pair.mask, partial(read, pair.mask), classes, meaning)
             for name, pair in pairs.items()
         ]
     if len({tuple(each.classes) for each in found}) > 1:

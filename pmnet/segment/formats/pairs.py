@@ -160,10 +160,10 @@ def image_files(folder: Path) -> list[Path]:
 
 def walk(root: Path) -> list[Path]:
     """All files of a folder and of those below it, sorted, without hidden ones; none if there is no such folder."""
-    found, seen = [], set[str]()
+    found, seen = list[str](), set[str]()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
-        found += [Path(folder, name) for name in files if not name.startswith(".") and real not in seen]
+        found += [os.path.join(folder, name) for name in files if not name.startswith(".") and real not in seen]
         seen.add(real)
-    return sorted(found)
+    return sorted(map(Path, found))

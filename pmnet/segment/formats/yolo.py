@@ -5,8 +5,9 @@ root/NAME.jpg             and NAME.txt beside it; an image without a text file s
 root/data.yaml            names: a list, or number -> name; or classes.txt or obj.names, one name per line
 """
 
-from collections.abc import Sequence
-from functools import partial
+import os
+from collections.abc import Callable, Sequence, Set
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,31 @@ NAMES = ("data.yaml", "dataset.yaml", "data.yml", "classes.txt", "obj.names", "c
 YAML = (".yaml", ".yml")
 
 
-def label_of(image: Path) -> Path | None:
-    """The text file of an image: beside it, or in labels/ where the image is in images/; None if there is none."""
+def label_of(image: Path, holds: Callable[[Path], Set[str]]) -> Path | None:
+    """The text file of an image: beside it, or in labels/ where the image is in images/; None if there is none.
+
+    Args:
+        holds: the names in a folder.
+    """
     beside = image.with_suffix(".txt")
     parts = list(beside.parts)
     at = [number for number, part in enumerate(parts) if part.lower() == "images"]
     if at:
         parts[at[-1]] = "labels"
-    return next((path for path in (beside, Path(*parts)) if path.is_file()), None)
+    return next((path for path in (beside, Path(*parts)) if path.name in holds(path.parent)), None)
 
 
 def pairs(images: Sequence[Path]) -> dict[Path, Path | None]:
     """Image -> its text file; empty if none of the images has one with an object in it."""
-    found = {image: label_of(image) for image in images}
+    holds = cache(listed)
+    found = {image: label_of(image, holds) for image in images}
     labels = [path for path in found.values() if path]
     return found if any(holds_objects(path) for path in labels[:100]) else {}
+
+
+def listed(folder: Path) -> set[str]:
+    """The names of a folder's files; none if there is no such folder."""
+    return {entry.name for entry in os.scandir(folder) if entry.is_file()} if folder.is_dir() else set()
 
 
 def holds_objects(path: Path) -> bool:

@@ -60,6 +60,14 @@ def test_prepared_masks_are_the_published_ones(kind, fixture, name, prepared):
         assert dataset.read_image(image).dtype == dataset.read_index(image).dtype
 
 
+def test_pixels_of_masks_are_counted_and_kept(kind, fixture, name, prepared, monkeypatch):
+    dataset, truth = kind(str(prepared(name))), fixture.truth()
+    counts = {image: dict(zip(*np.unique(mask, return_counts=True), strict=True)) for image, mask in truth.items()}
+    assert dataset.pixels(truth) == counts
+    monkeypatch.setattr(dataset, "read_index", None)  # what is known is not read again
+    assert dataset.pixels(list(truth)[::2]) == {image: counts[image] for image in list(truth)[::2]}
+
+
 def test_prepared_images_are_the_published_ones(kind, fixture, name, published, prepared):
     dataset, source = kind(str(prepared(name))), published(name, archives=False)
     for image in dataset.found():

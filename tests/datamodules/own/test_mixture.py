@@ -30,6 +30,14 @@ def test_255_and_0_stay(sources, monkeypatch):
     assert MixtureDataset(sources).read_index("c:x").tolist() == [[0, 41, 255]]
 
 
+def test_pixels_of_masks_are_those_of_the_masks(sources):
+    mixture = MixtureDataset(sources)
+    names = ["a:" + sources["a"].images_of(3, "train")[0], "c:" + sources["c"].images_of(19, "train")[0]]
+    for name, counts in mixture.pixels(names).items():
+        values, numbers = mixture.read_index(name).unique(return_counts=True)
+        assert counts == dict(zip(values.tolist(), numbers.tolist(), strict=True))
+
+
 def test_a_fold_is_that_of_every_source(sources):
     mixture = MixtureDataset(sources)
     novel = {mixture.classes[c] for c in mixture.novel_classes(2)}
