@@ -2,6 +2,7 @@
 
 The cards of `docs/benchmarks/` and `docs/methods/` go into the navigation. Each card ends with the API of its module.
 The table of methods comes from `conf/model/`: the name, the first comment of the file, and the card of its class.
+`<!-- table of later numbers -->` shows `experiments/published_later.yaml`.
 `<!-- modules of PACKAGE -->` becomes the API of each module of a package, `<!-- module NAME -->` that of one.
 """
 
@@ -15,7 +16,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "conf" / "model"
 SECTIONS = {"benchmarks": "datamodules.benchmarks", "methods": "pmnet.methods"}  # folder of cards -> package
-TABLE = "<!-- table of methods -->"
+LATER = ROOT / "experiments" / "published_later.yaml"
+TABLE, NUMBERS = "<!-- table of methods -->", "<!-- table of later numbers -->"
 API = re.compile(r"<!-- (module|modules of) ([\w.]+) -->")
 
 
@@ -30,7 +32,7 @@ def on_config(config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """Fills in what the page asks for, and appends the API of its module to a card."""
-    markdown = markdown.replace(TABLE, table_of_methods())
+    markdown = markdown.replace(TABLE, table_of_methods()).replace(NUMBERS, table_of_later_numbers())
     markdown = API.sub(lambda found: (api_of if found[1] == "module" else apis_of)(found[2]), markdown)
     folder, name = Path(page.file.src_uri).parent.name, Path(page.file.src_uri).stem
     if folder not in SECTIONS or not has_module(f"{SECTIONS[folder]}.{name}"):
@@ -83,6 +85,27 @@ def dataset_class(name: str) -> str:
 def table_of_methods() -> str:
     rows = [f"| `{path.stem}` | {linked(path.stem)} | {comment_of(path)} |" for path in sorted(MODELS.glob("*.yaml"))]
     return "\n".join(["| `model=` | card | what it is |", "| --- | --- | --- |", *rows])
+
+
+def table_of_later_numbers() -> str:
+    """A row for each method, backbone and benchmark, the best of a benchmark last."""
+    content = yaml.safe_load(LATER.read_text())
+    scores: dict[tuple[str, ...], dict[int, float]] = {}
+    for entry in content["entries"]:
+        pair = " -> ".join(dict.fromkeys(x for x in (entry["dataset"], entry["target"]) if x not in ("none", "other")))
+        copied = ", a copy" if entry.get("copied") else ""
+        where = content["sources"][entry["source"]]
+        text = f"[{where['where']}]({where['text']})" if where["text"].startswith("http") else where["where"]
+        trained = ", not trained" if entry.get("trained_on") == "nothing" else ""
+        key = (pair + trained, entry["backbone"], entry["method"], entry.get("venue", ""), text + copied)
+        scores.setdefault(key, {})[entry["shot"]] = entry["miou"]
+    order = sorted(scores, key=lambda key: (key[0], key[1], scores[key].get(1, 0)))
+    rows = [f"| {' | '.join(key[:4])} | {cell(scores[key], 1)} | {cell(scores[key], 5)} | {key[4]} |" for key in order]
+    return "\n".join(["| | backbone | method | | 1 shot | 5 shots | read in |", "| --- " * 7 + "|", *rows])
+
+
+def cell(scores: dict[int, float], shot: int) -> str:
+    return f"{scores[shot]:.1f}" if shot in scores else ""
 
 
 def linked(name: str) -> str:

@@ -35,6 +35,7 @@ from experiments.files import read_json, write_json
 from experiments.prints import Album, like, nearest
 from experiments.report.collect import Job, collect
 from experiments.report.made import digest, pretraining
+from experiments.report.renderings import wide_console
 from pmnet.errors import PMNetError
 
 EXAMPLES = 5
@@ -375,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of many, such as a sweep"
     )
     folders = parser.parse_args(arguments).runs
-    console, errors = Console(soft_wrap=False, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+    console, errors = wide_console(), Console(stderr=True, soft_wrap=True, highlight=False)
     library, audits, failed = Library(), dict[str, dict[str, Any]](), False
     try:
         jobs = collect(folders).tested

@@ -14,10 +14,8 @@ from experiments.errors import UserError
 from experiments.report.benchmarks import Benchmark
 from experiments.report.collect import Found, collect, from_wandb
 from experiments.report.page import state_lines, write
-from experiments.report.renderings import rich_tables
+from experiments.report.renderings import rich_tables, wide_console
 from experiments.report.tables import absent, fb_iou, miou
-
-LOG_WIDTH = 200  # columns when the output is not a terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,9 +40,7 @@ def show(found: Found, benchmarks: list[Benchmark], out: Path) -> None:
     """Prints the tables, the runs that are missing, and the path of the report."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # some encodings lack arrows
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, LOG_WIDTH)
+    console = wide_console()
     for table in filter(None, (make(b) for b in benchmarks for make in (miou, fb_iou, absent))):
         console.print(Text(table.title, "bold"), soft_wrap=True)
         for part in rich_tables(table, console.width):

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from experiments.report.collect import OF_MODEL, Job, all_equal, within
 
-PUBLISHED = Path(__file__).parents[1] / "published.yaml"
+PUBLISHED = Path(__file__).parents[1] / "published.yaml"  # the tables of the paper
+LATER = PUBLISHED.with_name("published_later.yaml")  # other methods, from other texts
 NONE = "-"
 ALL_FOREGROUND, UNTRAINED = "all_foreground", "untrained"  # baselines that are not training-free methods
 TOLERANCE = 0.1  # percent by which a baseline may differ between runs without a note
@@ -93,8 +94,14 @@ class Benchmark:
 
 @cache
 def published() -> list[dict[str, Any]]:
-    """The entries of published.yaml, without averages over targets; a method in two tables is listed once."""
-    entries: Any = OmegaConf.to_container(OmegaConf.load(PUBLISHED))
+    """The entries of both files, without averages over targets; a method in two tables is listed once.
+
+    `where` is the table that an entry stands in.
+    """
+    printed: Any = OmegaConf.to_container(OmegaConf.load(PUBLISHED))
+    later: Any = OmegaConf.to_container(OmegaConf.load(LATER))
+    entries = [e | {"where": f"table {e['table']}"} for e in printed]
+    entries += [e | {"where": later["sources"][e["source"]]["where"]} for e in later["entries"]]
     named = {(*(e[k] for k in ("task", "dataset", "target", "backbone", "shot")), method(e)): e
              for e in reversed(entries) if "task" in e}  # fmt: skip
     return list(reversed(named.values()))

@@ -30,7 +30,8 @@ def table(b: Benchmark) -> Table:
     """One row for each group of numbers with equal answers: the published ones, then ours."""
     printed: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for entry in b.published:
-        printed[published_answers(entry)].append(f"{method(entry)} (table {entry.get('table', UNSAID)})")
+        copy = ", a copy" if entry.get("copied") else ""
+        printed[published_answers(entry)].append(f"{method(entry)} ({entry['where']}{copy})")
     rows = [Row([", ".join(dict.fromkeys(names)), *answers]) for answers, names in printed.items()]
     groups: dict[tuple[str, ...], list[tuple[str, Job]]] = defaultdict(list)
     for s in b.series:
@@ -46,11 +47,16 @@ def table(b: Benchmark) -> Table:
 
 
 def published_answers(entry: dict[str, Any]) -> tuple[str, ...]:
-    """The answers for a published number, as far as published.yaml has them."""
-    classes = "all classes" if entry.get("fold") == "all" else "base classes"
-    head = f"{entry['dataset']}, {classes}" + (" of each fold" if "folds" in entry else "")
-    unsaid = [UNSAID] * (len(COLUMNS) - 5)
-    return (f"{entry['backbone']}, weights {UNSAID}", head, UNSAID, f"{entry['target']}, list {UNSAID}", *unsaid)
+    """The answers for a published number, as far as its text has them."""
+    classes = "all classes" if entry.get("fold") == "all" else "base classes of each fold"
+    head = entry.get("trained_on", f"{entry['dataset']}, {classes}")
+    said = {
+        "backbone": f"{entry['backbone']}, weights {UNSAID}",
+        "head trained on": head,
+        "test list": f"{entry['target']}, {entry.get('list', f'list {UNSAID}')}",
+        "tuned at test": entry.get("tuned_at_test", UNSAID),
+    }
+    return tuple(said.get(column, UNSAID) for column in COLUMNS[1:])
 
 
 def answers_of(job: Job) -> tuple[str, ...]:

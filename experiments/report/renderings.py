@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 from tabulate import tabulate
@@ -15,6 +16,15 @@ from experiments.report.tables import Table
 
 KEYS = ("miou", "fb_iou")
 FIRST = 22  # minimum width of the first column in a terminal
+LOG_WIDTH = 200  # columns when the output is not a terminal
+
+
+def wide_console() -> Console:
+    """Standard output; wide if it is a file or a pipe, whose width nobody knows."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_WIDTH)
+    return console
 
 
 def rich_tables(table: Table, width: int) -> list[RichTable]:

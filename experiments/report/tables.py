@@ -146,7 +146,7 @@ def published_row(name: str, entries: list[dict[str, Any]], pairs: Sequence[tupl
 def printed_value(entry: dict[str, Any], part: Any) -> float | None:
     """The published value for a fold, for the mean over folds, or for a network for the whole dataset."""
     if part in ("mean", "all"):
-        return entry.get("miou") if ("folds" in entry) == (part == "mean") else None
+        return entry.get("miou") if (entry.get("fold") != "all") == (part == "mean") else None
     return dict(enumerate(entry.get("folds", ()))).get(part)
 
 
