@@ -214,12 +214,14 @@ class Method(nn.Module):
             ValueError: the shapes do not match.
         """
         self.check(query, support, support_masks)
-        return self.head(*self.features(query, support, support_masks), support_masks)
+        query_feats, support_feats = self.features(query, support, support_masks)
+        return self.head.segment(query_feats, self.head.see(support_feats, support_masks), size_of(query))
 
     def predict(self, query: Tensor, support: Tensor, support_masks: Tensor) -> Tensor:
         """Predicted masks (B, H, W) bool. Arguments as in `forward`."""
         self.check(query, support, support_masks)
-        return self.head.predict(*self.features(query, support, support_masks), support_masks)
+        query_feats, support_feats = self.features(query, support, support_masks)
+        return self.head.mask(query_feats, self.head.see(support_feats, support_masks), size_of(query))
 
     def see(self, support: Tensor, support_masks: Tensor) -> Any:
         """Processes supports once, for any number of calls of `segment` and `mask`. Arguments as in `forward`."""

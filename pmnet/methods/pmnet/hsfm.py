@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmnet.errors import SettingError
-from pmnet.methods.pmnet.affinity import HEADS
 from pmnet.methods.pmnet.lean import Convolved, Filtered, RectifiedAndConvolved, filtered, statistics
 
 Norm = Literal["batch", "group"]
@@ -107,7 +106,7 @@ class HSFM(nn.Module):
         out_channels: channels C of the result: 16, or L without B3DConvs.
 
     Example:
-        >>> S, masks = torch.rand(2 * HEADS, 4 * 6, 2 * 5, 3), torch.ones(2, 2 * 5)  # 2 pairs
+        >>> S, masks = torch.rand(2 * 4, 4 * 6, 2 * 5, 3), torch.ones(2, 2 * 5)  # 2 pairs, 4 heads
         >>> evidence = HSFM(blocks=3).eval()(S, masks, query_size=(4, 6), support_size=(2, 5))
         >>> evidence.share.shape
         torch.Size([2, 4, 24, 16])
@@ -122,13 +121,21 @@ class HSFM(nn.Module):
             else nn.Identity()
         )
 
+    @property
+    def halo(self) -> int | None:
+        """Rows of the query on either side on which a row's evidence depends; None: all, as a GroupNorm's do."""
+        layers = cast("list[B3DConv]", list(self.b3dconvs.children()))
+        if any(isinstance(layer.norm, nn.GroupNorm) for layer in layers):
+            return None
+        return sum(layer.query_conv.kernel_size[0] // 2 for layer in layers)
+
     def forward(
         self, S: Tensor, mask_NS: Tensor, query_size: tuple[int, int], support_size: tuple[int, int]
     ) -> Evidence:
         """Enhances the affinities of N pairs and applies the softmax over each support's pixels (paper eq. 3).
 
         Args:
-            S: affinities (N*A, Q, S, L).
+            S: affinities (N*A, Q, S, L), of all heads or of some.
             mask_NS: support masks at feature size, values in [0, 1].
             query_size: hq, wq.
             support_size: hs, ws.
@@ -137,14 +144,15 @@ class HSFM(nn.Module):
             The evidence of each support, for `coarse_mask`.
         """
         S = S.unflatten(2, support_size).unflatten(1, query_size).movedim(-1, 1)
-        mask_NS = mask_NS.repeat_interleave(HEADS, dim=0)
+        heads = len(S) // len(mask_NS)
+        mask_NS = mask_NS.repeat_interleave(heads, dim=0)
         layers = cast("list[B3DConv]", list(self.b3dconvs.children()))
         if layers and all(uses_batch(layer.norm) for layer in layers):
             evidence = self.in_training(S, mask_NS, *layers)
         else:
             enhanced = self.b3dconvs(S).movedim(1, -1)
             evidence = filtered(enhanced.flatten(3, 4).flatten(1, 2), mask_NS)
-        return Evidence(*(x.unflatten(0, (-1, HEADS)) for x in evidence))
+        return Evidence(*(x.unflatten(0, (-1, heads)) for x in evidence))
 
     def in_training(self, S: Tensor, mask_NS: Tensor, first: B3DConv, second: B3DConv) -> tuple[Tensor, Tensor]:
         """As `forward`, with norms in training mode: batch statistics, and less memory for the backward pass."""

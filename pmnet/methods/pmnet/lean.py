@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pmnet.methods.pmnet.affinity import HEADS
-
 ON_CPU, ELSEWHERE = 2**21, 2**25  # positions of affinities that are processed at a time
 Sizes = tuple[int, int, int, int]  # hq, wq, hs, ws
 
@@ -25,16 +23,6 @@ Sizes = tuple[int, int, int, int]  # hq, wq, hs, ws
 def at_a_time(device: torch.device) -> int:
     """Positions to process at a time: enough to fill a CPU's cores; many more for an accelerator, at 64 bytes each."""
     return ON_CPU if device.type == "cpu" else ELSEWHERE
-
-
-def pairs_at_a_time(positions: int, device: torch.device) -> int:
-    """Pairs of query and support to process at a time, at least 1.
-
-    Args:
-        positions: hq*wq*hs*ws.
-        device: where the affinities are.
-    """
-    return max(1, at_a_time(device) // (HEADS * positions))
 
 
 def portions(x_NPC: Tensor) -> Iterator[slice]:

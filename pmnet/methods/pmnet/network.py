@@ -14,7 +14,7 @@ from pmnet.methods.nearest import NearestHead
 from pmnet.methods.pmnet.affinity import HEADS, Affinity
 from pmnet.methods.pmnet.decoder import Decoder
 from pmnet.methods.pmnet.hsfm import HSFM, Evidence, Norm, coarse_mask
-from pmnet.methods.pmnet.lean import pairs_at_a_time
+from pmnet.methods.pmnet.parts import in_parts, pairs_at_a_time
 from pmnet.methods.prototype import PrototypeHead
 
 MATCHED = ("layer3", "layer4")  # stages in which every block yields an affinity
@@ -120,16 +120,25 @@ class PMNetHead(Head):
         supports = [feature.flatten(0, 1) for feature in support]
         if not self.support_background:
             supports = [feature * mask_N1HW for feature in supports]
-        affinity, hsfm = cast(Affinity, self.affinity[layer]), self.hsfm[layer]
+        affinity, hsfm = cast(Affinity, self.affinity[layer]), cast(HSFM, self.hsfm[layer])
         query_tokens, support_tokens = affinity.query_tokens(query), affinity.support_tokens(supports)
 
         def evidence(pairs: slice) -> Evidence:
-            episodes = torch.arange(B * K, device=mask_N1HW.device)[pairs] // K
-            S = affinity([q[episodes] for q in query_tokens], [s[pairs] for s in support_tokens])
-            return hsfm(S, mask_N1HW[pairs].flatten(1), (hq, wq), (hs, ws))
+            episodes = torch.arange(B * K, device=device)[pairs] // K
+            queries, shots = [q[episodes] for q in query_tokens], [s[pairs] for s in support_tokens]
+            mask_NS = mask_N1HW[pairs].flatten(1)
 
+            def of(heads: slice, rows: slice) -> Evidence:
+                Q = slice(rows.start * wq, rows.stop * wq)
+                S = affinity([q[:, heads, Q] for q in queries], [s[:, heads] for s in shots])
+                return hsfm(S, mask_NS, (rows.stop - rows.start, wq), (hs, ws))
+
+            everything = slice(HEADS), slice(0, hq)
+            return of(*everything) if together else in_parts(of, (hq, wq), hs * ws, hsfm.halo, device)
+
+        device = mask_N1HW.device
         together = any(module.training for module in hsfm.modules())  # batch statistics need all pairs
-        at_once = B * K if together else pairs_at_a_time(hq * wq * hs * ws, mask_N1HW.device)
+        at_once = B * K if together else pairs_at_a_time(hq * wq * hs * ws, device)
         parts = [evidence(slice(i, i + at_once)) for i in range(0, B * K, at_once)]
         found = Evidence(*(torch.cat(part) for part in zip(*parts, strict=True)))
         return coarse_mask(found, K).unflatten(2, (hq, wq))

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import pmnet.methods.pmnet.affinity
 import pmnet.methods.pmnet.lean
@@ -304,12 +305,23 @@ def test_gradients_agree_with_the_plain_implementation(options):
         assert name.endswith("bias") or theirs.abs().max() > 1e-9, f"{name} does not matter in this test"
 
 
-def test_processing_pairs_in_parts_changes_nothing(monkeypatch):
-    head, inputs = random_head().double(), random_inputs(shots=3, batch=2)
+@pytest.mark.parametrize("largest", [1, 1000, 20_000])
+@pytest.mark.parametrize("options", [{}, {"norm": "group"}, {"b3dconvs": False}, {"evidence": ["nearest"]}])
+def test_processing_in_parts_changes_nothing(options, largest, monkeypatch):
+    """Pairs, heads and rows of the query one after the other: each row's neighbours are seen as before."""
+    network = PMNet(SmallBackbone("none"), **options).double().eval()
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm3d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    source = torch.Generator().manual_seed(3)
+    query, support = (
+        torch.rand(2, *shape, generator=source, dtype=torch.double) for shape in ((3, 256, 96), (2, 3, 96, 128))
+    )
+    masks = (torch.rand(2, 2, 96, 128, generator=source) < 0.4).double()
     with torch.no_grad():
-        at_once = head(*inputs)
-        monkeypatch.setattr(pmnet.methods.pmnet.lean, "ON_CPU", 1)
-        torch.testing.assert_close(head(*inputs), at_once, rtol=0, atol=1e-12)
+        at_once = network(query, support, masks)
+        monkeypatch.setattr(pmnet.methods.pmnet.lean, "ON_CPU", largest)
+        torch.testing.assert_close(network(query, support, masks), at_once, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
