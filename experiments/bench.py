@@ -48,6 +48,7 @@ class Work:
     size: int = 384
     train: bool = False
     precision: str = "float32"  # or bfloat16, under autocast
+    seen: bool = False  # the supports were processed before: a further query
 
 
 TABLE = [
@@ -55,6 +56,8 @@ TABLE = [
     Work("5 shots", shots=5),
     Work("1 shot, bfloat16", precision="bfloat16"),
     Work("training step, 4 episodes", batch=4, train=True),
+    Work("next query, 1 support seen", seen=True),
+    Work("next query, 5 supports seen", shots=5, seen=True),
 ]
 ON_GPU = [
     Work(f"{shots} shot{'s' * (shots > 1)}, {precision}, batch {batch}", shots, batch, precision=precision)
@@ -66,8 +69,8 @@ ON_GPU = [
     for precision in ("float32", "bfloat16")
 ]
 CURVES = {
-    "shots": [Work(str(k), shots=k) for k in range(1, 11)],
-    "size": [Work(str(size), size=size) for size in (256, 320, 384, 448, 512, 576, 640)],
+    "shots": [Work(str(k), shots=k) for k in (1, 2, 3, 5, 7, 10, 15, 20)],
+    "size": [Work(str(size), size=size) for size in (256, 384, 512, 640, 768, 1024)],
     "batch": [Work(str(b), batch=b) for b in (1, 2, 4, 8)],
 }
 
@@ -134,7 +137,7 @@ def images(work: Work, device: str) -> tuple[Any, Any, Any]:
 
 
 def bare_backbone(device: str) -> Callable[[Work], dict[str, float]]:
-    """torchvision's ResNet-50: one forward pass for the queries and one for the supports."""
+    """torchvision's ResNet-50: one forward pass for the queries and one for the supports that are not seen yet."""
     import torch
     import torchvision
 
@@ -143,7 +146,8 @@ def bare_backbone(device: str) -> Callable[[Work], dict[str, float]]:
     @torch.inference_mode()
     def run(work: Work) -> dict[str, float]:
         query, support, _ = images(work, device)
-        return measured(device, lambda: (network(query), network(support.flatten(0, 1))), lambda features: None)
+        of_supports = () if work.seen else (support.flatten(0, 1),)
+        return measured(device, lambda: [network(x) for x in (query, *of_supports)], lambda features: None)
 
     return run  # float32 in every row
 
@@ -152,7 +156,15 @@ def pmnet(device: str) -> Callable[[Work], dict[str, float]]:
     from pmnet import PMNet, ResNetBackbone
 
     network = PMNet(ResNetBackbone("resnet50", weights="none")).to(device)
-    return whole(network, network.features, network.head, device)
+
+    def seen(query: Any, support: Any, masks: Any) -> Any:
+        known = network.see(support, masks)
+        return (
+            lambda: network.backbone_pass(query, network.query_reads),
+            lambda feats: network.head.segment(feats, known, query.shape[-2:]),
+        )
+
+    return whole(network, network.features, network.head, seen, device)
 
 
 def plain(device: str) -> Callable[[Work], dict[str, float]]:
@@ -176,11 +188,22 @@ def plain(device: str) -> Callable[[Work], dict[str, float]]:
     def head(*arguments: Any) -> Any:
         return plain_network_head(network.head, *arguments)
 
-    return whole(network, features, head, device)
+    def seen(query: Any, support: Any, masks: Any) -> Any:
+        _, of_supports = features(query, support, masks)
+        return (
+            lambda: network.backbone(query, network.query_reads),
+            lambda feats: head(feats, of_supports, masks),
+        )
+
+    return whole(network, features, head, seen, device)
 
 
-def whole(network: Any, features: Any, head: Any, device: str) -> Callable[[Work], dict[str, float]]:
-    """Both forward passes and the head; in a training step also the gradients of the head's parameters."""
+def whole(network: Any, features: Any, head: Any, seen: Any, device: str) -> Callable[[Work], dict[str, float]]:
+    """Both forward passes and the head; in a training step also the gradients of the head's parameters.
+
+    Args:
+        seen: processes supports; returns the pass and the head of a further query.
+    """
     import torch
 
     def run(work: Work) -> dict[str, float]:
@@ -198,7 +221,7 @@ def whole(network: Any, features: Any, head: Any, device: str) -> Callable[[Work
 
         low = torch.autocast(device, torch.bfloat16, enabled=work.precision == "bfloat16")
         with low, torch.inference_mode(not work.train):
-            return measured(device, passes, rest)
+            return measured(device, *(seen(query, support, masks) if work.seen else (passes, rest)))
 
     return run
 
@@ -291,6 +314,11 @@ def in_turn(work: Work, programs: list[str], device: str, rounds: int, console: 
     }
 
 
+def programs_of(work: Work) -> list[str]:
+    """All programs, but for the plain one where it needs more than 10 GB."""
+    return [program for program in PROGRAMS if program != "plain" or work.size <= 640]
+
+
 def against(command: str, rounds: int, console: Console) -> float:
     """Median seconds of another command: the last word of its output if that is a number, else its run time."""
     taken = []
@@ -326,8 +354,8 @@ def draw(curves: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) 
     figure = Figure(figsize=(4 * len(curves), 3.2), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for program in PROGRAMS:
-            x = [int(point) for point in points]
-            axes.plot(x, [by[program]["seconds"] for by in points.values()], marker="o", label=program)
+            seconds = {int(point): by[program]["seconds"] for point, by in points.items() if program in by}
+            axes.plot(list(seconds), list(seconds.values()), marker="o", label=program)
         axes.set(
             xlabel={"size": "image side in pixels", "batch": "episodes per batch"}.get(name, name), ylabel="seconds"
         )
@@ -344,7 +372,8 @@ def machine(device: str) -> str:
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def shown(title: str, headers: list[str], rows: list[list[str]]) -> Table:
@@ -361,7 +390,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="model=... and other settings of run.py: times only that method")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; their median is reported (default: 5)")
-    parser.add_argument("--curves", action="store_true", help="also time 1 to 10 shots, image sizes and batch sizes")
+    parser.add_argument("--curves", action="store_true", help="also time 1 to 20 shots, sides up to 1024, and batches")
     parser.add_argument("--against", metavar="CMD", help="another command to time in the same run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="output folder (default: benchmarks)")
     parser.add_argument("--serve", choices=PROGRAMS, help=argparse.SUPPRESS)
@@ -399,7 +428,7 @@ def main() -> None:
     base = arguments.out / re.sub(r"[^a-z0-9]+", "-", record["machine"].lower()).strip("-")
     if arguments.curves:
         record["curves"] = {
-            name: {work.name: in_turn(work, list(PROGRAMS), device, max(1, rounds // 2), console) for work in works}
+            name: {work.name: in_turn(work, programs_of(work), device, max(1, rounds // 2), console) for work in works}
             for name, works in CURVES.items()
         }
         draw(record["curves"], base.with_suffix(".png"))

@@ -8,6 +8,9 @@ images that show the class and that of images that do not:
 - without it: the negatives, and the supports of other classes; if there are none, what would be marked in the supports
   beside the object.
 
+With a single support, the threshold is a share of that support's own evidence, or the evidence of images that do not
+show the class if that is larger.
+
 The choice among several kinds of evidence and of thresholds is measured in `docs/segment.md`.
 """
 
@@ -23,9 +26,8 @@ if TYPE_CHECKING:
 
 PRESENT = 0.5  # from this score on, the class counts as present
 MOST = 8  # images of each kind that are looked at
-ALONE = 0.45  # of one support without negatives: the threshold's share of the support's own evidence
-SEEN = 0.55  # of one support: what another image with the class shows, as a share of the support's own evidence
-BESIDE = 0.4  # where the threshold lies between "without" and "with", if one of the two is not measured on images
+ALONE = 0.45  # of one support: the threshold's share of the support's own evidence
+BESIDE = 0.4  # where the threshold lies between "without" and "with", if "without" is not measured on images
 LIKELY = 0.8  # score of the mean image that shows the class
 
 
@@ -47,9 +49,12 @@ class Presence:
 
 def between(present: float, absent: float, share: float) -> Presence:
     """The function whose threshold lies at `share` of the way from `absent` to `present`."""
-    gap = max(present - absent, 0.05)
-    threshold = present - (1 - share) * gap
-    return Presence(threshold, float(torch.logit(torch.tensor(LIKELY))) / (present - threshold))
+    return scaled(present, present - (1 - share) * max(present - absent, 0.05))
+
+
+def scaled(present: float, threshold: float) -> Presence:
+    """The function that gives `LIKELY` at `present`."""
+    return Presence(threshold, float(torch.logit(torch.tensor(LIKELY))) / max(present - threshold, 0.025))
 
 
 def evidence(score_HW: Tensor, feature_Chw: Tensor, prototype_C: Tensor) -> float:
@@ -83,9 +88,7 @@ def calibrated(segmenter: "Segmenter", shown: "Shown", others: list["Shown"]) ->
     without = [of(segmenter, image, shown) for image in [*negative[:MOST], *apart[:MOST]]]
     if len(positive) == 1:
         alone = of(segmenter, shown.images[positive[0]], shown)
-        if without:
-            return between(max(SEEN * alone, 1.1 * mean(without)), mean(without), BESIDE)
-        return between(alone, 0.0, ALONE)
+        return scaled(alone, max(ALONE * alone, mean(without) if without else 0.0))
     with_it = mean([of(segmenter, shown.images[k], left_out(segmenter, shown, k)) for k in positive[:MOST]])
     if without:
         return between(with_it, mean(without), 0.5)

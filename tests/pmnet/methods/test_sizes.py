@@ -29,7 +29,7 @@ def test_result_has_the_querys_size_and_is_that_of_supports_seen_before(name: st
     masks[..., 20:50, 20:40] = 1
     with torch.no_grad():
         if name in SAME_SIZE:
-            with pytest.raises((SettingError, ValueError), match="siz|side"):
+            with pytest.raises((SettingError, ValueError), match=r"siz|side"):
                 method(query, support, masks)
             return
         logits, mask = method(query, support, masks), method.predict(query, support, masks)
