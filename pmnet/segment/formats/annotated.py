@@ -14,12 +14,21 @@ from PIL import Image
 from torch import Tensor
 
 from pmnet.errors import SettingError
-from pmnet.segment.images import IGNORE, MAX_PIXELS, SUFFIXES, TURN, as_image, load_image, one_error, opened
+from pmnet.segment.images import (
+    IGNORE,
+    MAX_PIXELS,
+    ORIENTATION,
+    SUFFIXES,
+    TURN,
+    as_image,
+    load_image,
+    one_error,
+    opened,
+)
 
 BACKGROUND = {"background", "_background_", "__background__"}  # names that stand for "none of the classes"
 IGNORED = {"ignore", "__ignore__", "void"}
 TURNED = range(5, 9)  # EXIF orientations that swap height and width
-ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
