@@ -80,6 +80,15 @@ class Checkpoint:
                 "training in this folder with resume=false."
             )
 
+    def check_epochs(self, most: int | None) -> None:
+        """Raises CheckpointError if it has trained more epochs than `trainer.max_epochs` allows."""
+        if most and most > 0 and (epochs := self.content.get("epoch", 0)) > most:
+            raise CheckpointError(
+                f"{self.path} has trained {epochs} epochs, more than trainer.max_epochs={most}. Set trainer.max_epochs "
+                f"above {epochs} to go on with it. To start a new training from its weights: pmnet export {self.path} "
+                "--format safetensors --out FOLDER, then ckpt=FOLDER/model.safetensors."
+            )
+
     def check_trained_on(self, data: FewShotDataModule) -> None:
         """Raises UserError if the target is another dataset and the training used other classes than configured."""
         trained = self.record

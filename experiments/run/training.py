@@ -137,6 +137,7 @@ def train(
             ckpt = None if heads.named(cfg.ckpt) else cfg.ckpt
             start = checkpoints.to_start_from(ckpt, folder, True)  # again: `claim` may have copied checkpoints
             if start:
+                start.check_epochs(trainer.max_epochs)
                 log.info("Resuming from %s", start.path)
             trainer.fit(module, data, ckpt_path=start.path if start else None, weights_only=True)
         else:

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 
 from experiments.files import read_json
 from experiments.run.callbacks import StepSeed
-from experiments.run.checkpoints import AtomicCheckpoints, in_run, read, to_start_from, trained_in
+from experiments.run.checkpoints import AtomicCheckpoints, Checkpoint, in_run, read, to_start_from, trained_in
 from experiments.run.checkpoints import callbacks as checkpoint_callbacks
 from experiments.run.ending import Asked
 from experiments.run.trainer import OURS
@@ -198,3 +198,13 @@ def test_last_state_but_one_is_kept(tmp_path: Path) -> None:
     for epoch in range(3):
         io.save_checkpoint({"epoch": epoch}, tmp_path / "checkpoints" / "last.ckpt")
     assert [read(tmp_path / "checkpoints" / f"{n}.ckpt").content["epoch"] for n in ("previous", "last")] == [1, 2]
+
+
+@pytest.mark.parametrize("most", [9, 20, -1, None])
+def test_checkpoint_with_epochs_left_is_gone_on_with(most: int | None) -> None:
+    Checkpoint(Path("last.ckpt"), {"epoch": 9}).check_epochs(most)
+
+
+def test_checkpoint_with_more_epochs_than_wanted_says_what_to_do() -> None:
+    with pytest.raises(CheckpointError, match=r"9 epochs, more than trainer\.max_epochs=8\. Set .* above 9 .*export"):
+        Checkpoint(Path("last.ckpt"), {"epoch": 9}).check_epochs(8)
