@@ -7,6 +7,7 @@ The table of methods comes from `conf/model/`: the name, the first comment of th
 """
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,25 +88,23 @@ def table_of_methods() -> str:
     return "\n".join(["| `model=` | card | what it is |", "| --- | --- | --- |", *rows])
 
 
+@cache
 def table_of_later_numbers() -> str:
-    """A row for each method, backbone and benchmark, the best of a benchmark last."""
+    """A row for each method, training, backbone and benchmark; the best of a training and backbone last."""
     content = yaml.safe_load(LATER.read_text())
     scores: dict[tuple[str, ...], dict[int, float]] = {}
     for entry in content["entries"]:
-        pair = " -> ".join(dict.fromkeys(x for x in (entry["dataset"], entry["target"]) if x not in ("none", "other")))
-        copied = ", a copy" if entry.get("copied") else ""
-        where = content["sources"][entry["source"]]
-        text = f"[{where['where']}]({where['text']})" if where["text"].startswith("http") else where["where"]
-        trained = ", not trained" if entry.get("trained_on") == "nothing" else ""
-        key = (pair + trained, entry["backbone"], entry["method"], entry.get("venue", ""), text + copied)
+        source = content["sources"][entry["source"]]
+        text = f"[{source['where']}]({source['text']})" if source["text"].startswith("http") else source["where"]
+        text += ", a copy" if entry.get("copied") else ""
+        trained = entry.get("trained_on", entry["dataset"])
+        trained += "; tuned on the target's supports" if "tuned_at_test" in entry else ""
+        key = (entry["target"], trained, entry["backbone"], entry["method"], entry.get("venue", ""), text)
         scores.setdefault(key, {})[entry["shot"]] = entry["miou"]
-    order = sorted(scores, key=lambda key: (key[0], key[1], scores[key].get(1, 0)))
-    rows = [f"| {' | '.join(key[:4])} | {cell(scores[key], 1)} | {cell(scores[key], 5)} | {key[4]} |" for key in order]
-    return "\n".join(["| | backbone | method | | 1 shot | 5 shots | read in |", "| --- " * 7 + "|", *rows])
-
-
-def cell(scores: dict[int, float], shot: int) -> str:
-    return f"{scores[shot]:.1f}" if shot in scores else ""
+    order = sorted(scores, key=lambda key: (*key[:3], scores[key].get(1, 0)))
+    rows = [" | ".join((*key[:5], *(str(scores[key].get(shot, "")) for shot in (1, 5)), key[5])) for key in order]
+    heads = ["tested on", "trained on", "backbone", "method", "venue", "1 shot", "5 shots", "read in"]
+    return "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *(f"| {row} |" for row in rows)])
 
 
 def linked(name: str) -> str:

@@ -93,7 +93,7 @@ class Album:
         def read(name: str) -> Print:
             return print_of(self.dataset.read_image(name))
 
-        detail_NHW = np.empty((len(missing), SIDE, SIDE), np.float16)  # in one block: memory is not left in pieces
+        detail_NHW = np.empty((len(missing), SIDE, SIDE), np.float16)  # many small blocks fragment memory
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = track(pool.map(read, missing), f"Reading {self.dataset.name}", len(missing))
             for name, each, detail_HW in zip(missing, found, detail_NHW, strict=True):

@@ -22,7 +22,7 @@ MANY = 5  # cases of one test; of more, the default run takes three
 LONGEST = ("test_slurm.py", "test_sweep.py", "test_run.py", "test_tables.py", "test_faults.py", "test_export.py")
 
 
-CACHE = tempfile.TemporaryDirectory(prefix="pmnet-cache-")  # no test is to find what an earlier one has read
+CACHE = tempfile.TemporaryDirectory(prefix="pmnet-cache-")  # no test may use another's
 os.environ["PMNET_CACHE"] = CACHE.name
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the programs that tests start would ignore it
 

@@ -16,7 +16,7 @@ from datamodules.episodes.episode import IGNORE, Episode, EpisodeSpec
 from datamodules.episodes.protocol import HSNET, Protocol
 from datamodules.episodes.sampler import Images, PlainDraw, TrainingEpisodes, draw_in_turn
 from datamodules.errors import DatasetError
-from datamodules.inventory import Pixels, counted
+from datamodules.inventory import Pixels, counted, in_threads
 from pmnet.segment.images import resize_image, resize_mask
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,9 @@ class FewShotDataset(ABC):
         Raises:
             ImageError, DatasetError: as `read_index`.
         """
-        return {name: counted(self.read_index(name).numpy()) for name in names}
+        names = list(names)
+        found = in_threads(lambda name: counted(self.read_index(name).numpy()), names, f"Reading masks of {self.name}")
+        return dict(zip(names, found, strict=True))
 
     def read_mask(self, name: str, class_id: int) -> Tensor:
         """Reads the mask of one class.

@@ -23,10 +23,11 @@ from datamodules.episodes.dataset import FewShotDataset, Fold, Split
 from datamodules.episodes.episode import IGNORE
 from datamodules.episodes.sampler import json_hash
 from datamodules.errors import DatasetError
-from datamodules.inventory import Inventory, Pixels, counted, stamp
+from datamodules.inventory import Inventory, Pixels, Remembered, counted
 from pmnet.errors import SettingError
-from pmnet.segment.formats import Annotated, read_folder
+from pmnet.segment.formats import Annotated, masks, read_folder
 from pmnet.segment.formats.annotated import listed as class_names  # noqa: F401
+from pmnet.segment.images import one_error
 
 
 class FolderDataset(FewShotDataset):
@@ -79,7 +80,9 @@ class FolderDataset(FewShotDataset):
         self.min_area = min_area
         title = Path(os.path.abspath(self.root)).name
         try:
-            self.files = {each.name: each for each in read_folder(self.root)}
+            counts = Remembered(self.root, masks.counted)
+            self.files = {each.name: each for each in read_folder(self.root, counts)}
+            counts.keep()
             self.stamps = {path: stamp(path) for each in self.files.values() for path in (each.path, each.source)}
             self.counts = self.scan(title)
         except SettingError as error:
@@ -104,10 +107,10 @@ class FolderDataset(FewShotDataset):
             SettingError: an annotation is invalid, or its size differs from that of its image.
             ImageError: a file cannot be read.
         """
-        every = self.files.values()
-        of = [str(self.root.absolute()), *sorted({(*each.classes, each.meaning) for each in every})]
         files = {name: (each.path, each.source) for name, each in self.files.items()}
-        return Inventory(of).pixels(files, lambda name: examine(self.files[name]), f"Reading {title}")
+        meanings = {name: each.meaning for name, each in self.files.items()}
+        inventory = Inventory([str(self.root.absolute()), *next(iter(self.files.values())).classes])
+        return inventory.pixels(files, lambda name: examine(self.files[name]), f"Reading {title}", meanings)
 
     def pixels(self, names: Iterable[str]) -> dict[str, Pixels]:
         return {name: self.counts[name] for name in names}
@@ -176,6 +179,13 @@ class FolderDataset(FewShotDataset):
             f"Images in which the class covers less than {self.min_area:.2%} are not used. Lower dataset.min_area, or "
             "add images."
         )
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of the last change. Raises ImageError if there is no such file."""
+    with one_error(path):
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
 
 
 def examine(each: Annotated) -> Pixels:

@@ -137,7 +137,9 @@ def benchmarks(jobs: Sequence[Job]) -> list[Benchmark]:
         series = rows_of(members, notes)
         shots = sorted({shot for s in series for shot, _ in s.runs})
         like = {"task": task, "dataset": dataset, "target": target, "backbone": in_paper(backbone)}
-        printed = [e for e in published() if like.items() <= e.items() and e["shot"] in shots]
+        untrained = {name: like[name] for name in ("target", "backbone")} | {"trained_on": "nothing"}
+        alike = (e for e in published() if like.items() <= e.items() or untrained.items() <= e.items())
+        printed = [e for e in alike if e["shot"] in shots]
         folds = folds_of(members, printed)
         if len(folds) > 1 and not any("folds" in known for known in [*printed, *(job.setting for job in members)]):
             notes.append("The number of folds is not recorded; means are over the folds found.")

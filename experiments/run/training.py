@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from datamodules import FewShotDataModule
 from experiments.files import write_json
-from experiments.loggers import WandbLogger, make_loggers
+from experiments.loggers import Dashboard, make_loggers
 from experiments.run import checkpoints, heads, panels, results
 from experiments.run.callbacks import EpochLog, StepSeed
 from experiments.run.checkpoints import Checkpoint
@@ -81,7 +81,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         results.write_episodes(folder, data, lists)
         panels.draw(folder / "predictions", data, module.to(trainer.strategy.root_device), lists[0], cfg.panels)
         for logger in loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, Dashboard):
                 logger.log_results(record, folder)
         results.print_scores(record, folder)
     return tested.val_miou if tested else float("nan")

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
 from experiments.errors import UserError
-from experiments.loggers import WandbLogger
+from experiments.loggers import Dashboard
 from experiments.run.ending import EndSoon
 from experiments.run.processes import is_first
 from experiments.sweep.trainings import keep_training
@@ -101,7 +101,7 @@ class Requeue(L.Callback):
         if trainer.is_global_zero:
             log.info("Slurm is ending this job: %s.", where)
             for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
+                if isinstance(logger, Dashboard):
                     logger.leave()
             if Requeue.queue:
                 keep_training(self.folder)

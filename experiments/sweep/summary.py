@@ -39,7 +39,7 @@ def log_summary(folder: Path, cfg: DictConfig, benchmarks: list[Benchmark], stat
     """
     import wandb
 
-    from experiments.loggers import WandbLogger
+    from experiments.wandb_logger import WandbLogger
 
     options = cast(dict[str, Any], OmegaConf.to_container(cfg.logger, resolve=False))
     for name in ("_target_", "name", "group", "job_type", "tags", "save_dir", "checkpoint"):

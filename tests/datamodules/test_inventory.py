@@ -1,5 +1,6 @@
 """What earlier starts found in masks is used again, and only as long as it is still true."""
 
+import json
 import os
 import shutil
 
@@ -11,6 +12,7 @@ from datamodules.inventory import Inventory
 from datamodules.own import folder
 from datamodules.own.folder import FolderDataset
 from pmnet.errors import ImageError
+from pmnet.segment.formats import masks
 from tests.data.folder import write_indexed
 
 
@@ -95,14 +97,14 @@ def test_masks_are_counted_again_if_the_names_of_values_change(root, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"000": 3}', '{"000": [[1], {"a": 2}]}', '{"000": [null, {}]}'])
-def test_damaged_file_is_written_anew(root, cache, decoded, content):
+def test_damaged_files_are_replaced(root, cache, decoded, content):
     read(root)
-    (file,) = cache.iterdir()
-    whole = file.read_text()
-    file.write_text(content)
+    whole = {file: json.loads(file.read_text()) for file in cache.iterdir()}
+    for file in whole:
+        file.write_text(content)
     assert read(root).counts == true_counts(root)
     assert len(decoded) == 24
-    assert file.read_text() == whole
+    assert {file: json.loads(file.read_text()) for file in cache.iterdir()} == whole
 
 
 def test_start_does_not_need_the_cache(root, cache):
@@ -110,10 +112,60 @@ def test_start_does_not_need_the_cache(root, cache):
     assert read(root).counts == true_counts(root)
 
 
-def test_two_folders_have_an_inventory_each(root, cache, tmp_path):
+def test_folders_do_not_share_their_counts(root, cache, tmp_path, decoded):
     read(root)
-    read(write_indexed(tmp_path / "others", classes=2))
-    assert len(list(cache.iterdir())) == 2
+    files = set(cache.iterdir())
+    decoded.clear()
+    read(write_indexed(tmp_path / "others", classes=3, seed=1))
+    assert len(decoded) == 12
+    assert len(files & set(cache.iterdir())) == len(files)
+
+
+def test_black_and_white_masks_are_decoded_once(tmp_path, monkeypatch):
+    """Whether a folder's masks are black and white is told from all of them."""
+    root = write_indexed(tmp_path / "photos", classes=1)
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.where(np.asarray(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    before = FolderDataset(str(root), folds=1, min_area=0.01)
+    monkeypatch.setattr(masks, "index_values", None)
+    again = FolderDataset(str(root), folds=1, min_area=0.01)
+    assert again.counts == before.counts
+    assert before.images_of(0, "train") == again.images_of(0, "train") == ["000", "001", "002", "003"]
+
+
+def test_masks_that_mean_something_else_now_are_counted_again(tmp_path):
+    """One more mask makes 255 "ignore" in a split, and nothing changes in the set of meanings of all splits."""
+    for split, white in (("train", 255), ("valid", 255), ("test", 1)):
+        root = write_indexed(tmp_path / "photos" / split, classes=["cat"])
+        for path in (root / "masks").iterdir():
+            index = np.asarray(Image.open(path)) == 1
+            Image.fromarray(np.where(index, white, 0).astype(np.uint8)).save(path)
+    root = tmp_path / "photos"
+    before = FolderDataset(str(root), folds=1, min_area=0.01)
+    assert before.images_of(0, "train")
+    shutil.copy(root / "train" / "images" / "000.jpg", root / "train" / "images" / "more.jpg")
+    shutil.copy(root / "test" / "masks" / "000.png", root / "train" / "masks" / "more.png")
+    after = FolderDataset(str(root), folds=1, min_area=0.01)
+    for name, counts in after.counts.items():
+        values, numbers = after.read_index(name).unique(return_counts=True)
+        assert counts == dict(zip(values.tolist(), numbers.tolist(), strict=True)), name
+
+
+def test_processes_keep_what_others_have_found(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(b"one")
+
+    def examine(name):
+        Inventory(0).pixels({"b": [file]}, lambda name: {2: 2}, "")  # while this one reads
+        return {1: 1}
+
+    Inventory(0).pixels({"a": [file]}, examine, "")
+    assert Inventory(0).read().keys() == {"a", "b"}
+
+
+def test_user_without_a_home_reads_everything(root, monkeypatch):
+    monkeypatch.setenv("PMNET_CACHE", "~nobody-of-this-name/cache")
+    assert read(root).counts == true_counts(root)
 
 
 def test_same_size_and_another_time_is_another_file(tmp_path):

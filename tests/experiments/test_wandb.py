@@ -16,7 +16,8 @@ import pytest
 import wandb
 import yaml
 
-from experiments.loggers import WandbLogger, finish
+from experiments.loggers import finish
+from experiments.wandb_logger import WandbLogger
 from tests.conftest import ROOT, TINY, command, results, run
 from tests.wandb_files import runs_in
 
@@ -265,3 +266,9 @@ def test_search_that_wandb_leads(tmp_path: Path) -> None:
     assert set(Leading.begun) == {"one", "two"}
     assert (tmp_path / "one" / "metrics-1.csv").exists()  # the part before the stop
     assert len(list((tmp_path / "one" / "wandb").glob("run-*-one"))) == 2
+
+
+def test_jobs_without_wandb_do_not_import_it() -> None:
+    """It takes more than half a second."""
+    check = "import sys, experiments.run.job; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0

@@ -46,11 +46,12 @@ UNDERSTOOD = (
 Support = tuple[Path | Image.Image, np.ndarray]
 
 
-def read_folder(folder: str | Path) -> list[Annotated]:
+def read_folder(folder: str | Path, count: Callable[[Path], np.ndarray] = masks.counted) -> list[Annotated]:
     """The images of a folder and their lazy index masks, in any format of the list above.
 
     Args:
         folder: path of the folder.
+        count: how many pixels of a mask's file have each value, (256,); for whoever keeps these numbers.
 
     Returns:
         The images, sorted by name within the format's files. All share the same `classes`.
@@ -73,7 +74,7 @@ def read_folder(folder: str | Path) -> list[Annotated]:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise SettingError(f"There is no folder {root.absolute()}.")
-    readers = readers_of(root)
+    readers = readers_of(root, count)
     if len(readers) > 1:
         raise SettingError(
             f"{root.absolute()} holds annotations in several formats: {' and '.join(readers)}. Keep one of them. "
@@ -92,7 +93,7 @@ def read_folder(folder: str | Path) -> list[Annotated]:
     return found
 
 
-def readers_of(root: Path) -> dict[str, Callable[[], list[Annotated]]]:
+def readers_of(root: Path, count: Callable[[Path], np.ndarray]) -> dict[str, Callable[[], list[Annotated]]]:
     """What a folder holds, in words -> its reader. Folders per class are not among them."""
     files = walk(root)
     images = [path for path in files if is_image(path)]
@@ -111,12 +112,12 @@ def readers_of(root: Path) -> dict[str, Callable[[], list[Annotated]]]:
         readers[f"YOLO labels ({named([p for p in labels.values() if p], root)})"] = partial(yolo.read, root, labels)
     if (folders := mask_folders(root)) is not None:
         words = f"masks ({folders[1].name}/)"
-        readers[words] = lambda: masks.read_indexed({root: pairs_of_folders(*folders)}, root)
+        readers[words] = lambda: masks.read_indexed({root: pairs_of_folders(*folders)}, root, count)
     elif (splits := splits_of(root)) and not readers:
         words = f"masks ({', '.join(f'{split.name}/' for split in splits)})"
-        readers[words] = lambda: masks.read_indexed({split: together(split) for split in splits}, root)
+        readers[words] = lambda: masks.read_indexed({split: together(split) for split in splits}, root, count)
     elif not readers and image_files(root) and not any(image_files(p) for p in root.iterdir() if is_other(p)):
-        readers["masks"] = lambda: masks.read_indexed({root: pairs_of_one(root)}, root)
+        readers["masks"] = lambda: masks.read_indexed({root: pairs_of_one(root)}, root, count)
     return readers
 
 

@@ -86,12 +86,15 @@ def short(values: np.ndarray) -> list[object]:
     return values.tolist() if len(values) < 4 else [values[0], values[1], "...", values[-1]]
 
 
-def read_indexed(roots: Mapping[Path, Mapping[str, Pair]], root: Path) -> list[Annotated]:
+def read_indexed(
+    roots: Mapping[Path, Mapping[str, Pair]], root: Path, count: Callable[[Path], np.ndarray]
+) -> list[Annotated]:
     """The images of folders with one mask for all classes.
 
     Args:
         roots: folder that holds the names of the classes -> name -> image and mask.
         root: the folder that is read.
+        count: as `counted`.
 
     Raises:
         SettingError: names of the classes are missing or invalid, or masks cannot tell the classes apart.
@@ -100,7 +103,7 @@ def read_indexed(roots: Mapping[Path, Mapping[str, Pair]], root: Path) -> list[A
     for folder, pairs in roots.items():
         title = Path(os.path.abspath(root)).name
         legend = legend_of(folder) or legend_of(root)
-        classes, read = reader_of(folder, legend, [pair.mask for pair in pairs.values()], title)
+        classes, read = reader_of(folder, legend, [pair.mask for pair in pairs.values()], title, count)
         meaning = f"{read.__qualname__} {legend}"
         prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         found += [
@@ -113,13 +116,17 @@ def read_indexed(roots: Mapping[Path, Mapping[str, Pair]], root: Path) -> list[A
 
 
 def reader_of(
-    folder: Path, legend: Legend | Colours | None, masks: Sequence[Path], title: str
+    folder: Path,
+    legend: Legend | Colours | None,
+    masks: Sequence[Path],
+    title: str,
+    count: Callable[[Path], np.ndarray],
 ) -> tuple[Sequence[str], Callable[[Path], np.ndarray]]:
     """The classes of a folder, and what makes an index mask of a mask file."""
     if isinstance(legend, Colours):
         return legend.classes, legend.read
     voc = masks[0].parent.name.lower().startswith("segmentationclass")
-    counts = counts_of(masks, enough=bool(legend) or voc)
+    counts = counts_of(masks, bool(legend) or voc, count)
     values = set(np.flatnonzero(counts).tolist())
     one_class = not voc and (legend is None or len(legend.classes) == 1)
     black_and_white = values - {0} == {IGNORE} or (one_class and smoothed(counts))
@@ -141,22 +148,24 @@ def reader_of(
     return legend.classes, white if black_and_white else legend.read
 
 
-def counts_of(masks: Sequence[Path], enough: bool) -> np.ndarray:
+def counts_of(masks: Sequence[Path], enough: bool, count: Callable[[Path], np.ndarray]) -> np.ndarray:
     """(256,): how many pixels of the masks have each value.
 
     Args:
         enough: stop at the first values that are neither 0 nor 255.
+        count: as `counted`.
     """
     counts = np.zeros(IGNORE + 1, np.int64)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(masks), BATCH):
-            counts += sum(pool.map(counted, masks[start : start + BATCH]))
+            counts += sum(pool.map(count, masks[start : start + BATCH]))
             if enough and counts[1:IGNORE].any():
                 break
     return counts
 
 
 def counted(mask: Path) -> np.ndarray:
+    """(256,): how many pixels of a mask have each value."""
     return np.bincount(index_values(mask).ravel(), minlength=IGNORE + 1)
 
 

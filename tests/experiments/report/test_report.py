@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from experiments.errors import UserError
+from experiments.report import made
 from experiments.report.benchmarks import benchmarks, same_name
 from experiments.report.collect import collect, from_wandb
 from experiments.report.figures import curves, read_curves
@@ -954,3 +955,19 @@ def test_what_a_model_chooses_does_not_name_its_row(tmp_path: Path) -> None:
     alter(tmp_path / "2", config=chosen["ssp"] | {"augment": {}})
     rows = [s for s in cells(markdown(miou(tabled(tmp_path)))) if "ours" in s]
     assert any("augment" in row for row in rows if row.startswith("SSP"))
+
+
+def test_published_numbers_of_further_methods_say_what_they_were_tuned_on(tmp_path: Path) -> None:
+    """Those without a source domain stand beside every training on the same backbone."""
+    setting = {"task": "cross_domain", "dataset": "pascal", "target": "isic"}
+    write_run(tmp_path / "a" / "run", fold="all", **setting, backbone="resnet50")
+    write_run(tmp_path / "b" / "run", fold="all", **setting, backbone="dinov3_large")
+    resnet, dino = (tabled(tmp_path / name) for name in "ab")
+    assert {"PATNet", "DCDNet", "IFA"} <= {entry["method"] for entry in resnet.published}
+    assert {entry["method"] for entry in dino.published} == {"HERA", "FoRIS"}
+    (dcdnet,) = (row.cells for row in made.table(resnet).rows if row.cells[0].startswith("DCDNet"))
+    assert "DCDNet (AAAI'26) (DCDNet, table 1)" in dcdnet[0]
+    assert dcdnet[made.COLUMNS.index("tuned at test")] == "the supports of the target"
+    assert dcdnet[made.COLUMNS.index("head trained on")] == "pascal, all classes"
+    (hera,) = (row.cells for row in made.table(dino).rows if "HERA" in row.cells[0])
+    assert hera[made.COLUMNS.index("head trained on")] == "nothing"

@@ -16,6 +16,7 @@ from datamodules.episodes.episode import EpisodeSpec
 from datamodules.own.synthetic import SyntheticDataset
 from pmnet.errors import CheckpointError, ImageError, PMNetError, SettingError
 from pmnet.methods import Method
+from pmnet.segment import presence
 from pmnet.segment.images import Frame, as_image, as_mask, load_image
 from pmnet.segment.marks import Box, Points, Scribble
 from pmnet.segment.recipe import Built, assembled, build
@@ -106,7 +107,22 @@ def test_negatives_change_the_threshold_and_no_score() -> None:
     beside = Segmenter(made(PMNET), "cpu").fit([(image, mask)], negatives=[other])
     before, after = (segmenter.predict(query, gate=False) for segmenter in (alone, beside))
     assert np.array_equal(before.score, after.score)
-    assert before.presence != after.presence
+    assert 0 < after.presence <= before.presence < 1
+
+
+@pytest.mark.parametrize("of_negatives, threshold", [([], 0.36), ([0.1], 0.36), ([0.5, 0.7], 0.6)])
+def test_negatives_raise_the_threshold_of_a_single_example_and_never_lower_it(
+    of_negatives: list[float], threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example's own evidence is 0.8, of which 45% suffice."""
+    evidence = iter([*of_negatives, 0.8])  # in the order in which they are looked at
+    monkeypatch.setattr(presence, "of", lambda *_: next(evidence))
+    negatives = [picture(1 + k)[0] for k in range(len(of_negatives))]
+    segmenter = Segmenter(made(PMNET), "cpu").fit([picture(0)], negatives=negatives)
+    found = segmenter.shown["object"].presence
+    assert found.threshold == pytest.approx(threshold)
+    assert found(threshold) == pytest.approx(0.5)
+    assert found(0.8) == pytest.approx(0.8)
 
 
 def test_class_file_gives_back_the_same(tmp_path: Path) -> None:
