@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmnet.errors import SettingError
+from pmnet.methods.pmnet.affinity import HEADS
 from pmnet.methods.pmnet.lean import Convolved, Filtered, RectifiedAndConvolved, filtered, statistics
 
 Norm = Literal["batch", "group"]
@@ -130,7 +131,12 @@ class HSFM(nn.Module):
         return sum(layer.query_conv.kernel_size[0] // 2 for layer in layers)
 
     def forward(
-        self, S: Tensor, mask_NS: Tensor, query_size: tuple[int, int], support_size: tuple[int, int]
+        self,
+        S: Tensor,
+        mask_NS: Tensor,
+        query_size: tuple[int, int],
+        support_size: tuple[int, int],
+        heads: int = HEADS,
     ) -> Evidence:
         """Enhances the affinities of N pairs and applies the softmax over each support's pixels (paper eq. 3).
 
@@ -139,12 +145,12 @@ class HSFM(nn.Module):
             mask_NS: support masks at feature size, values in [0, 1].
             query_size: hq, wq.
             support_size: hs, ws.
+            heads: their number, A.
 
         Returns:
             The evidence of each support, for `coarse_mask`.
         """
         S = S.unflatten(2, support_size).unflatten(1, query_size).movedim(-1, 1)
-        heads = len(S) // len(mask_NS)
         mask_NS = mask_NS.repeat_interleave(heads, dim=0)
         layers = cast("list[B3DConv]", list(self.b3dconvs.children()))
         if layers and all(uses_batch(layer.norm) for layer in layers):
