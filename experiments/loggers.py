@@ -1,4 +1,4 @@
-"""A run's loggers: always metrics.csv, and W&B if chosen. A W&B failure never stops the run."""
+"""A run's loggers: always metrics.csv, and W&B if chosen."""
 
 import itertools
 import sys
