@@ -99,19 +99,23 @@ def head(job: Job) -> str:
     training, tested = job.record.get("training") or {}, job.record.get("episodes") or {}
     if job.training_free:
         return "nothing: the method learns nothing"
-    if training.get("by"):
-        return f"not recorded: weights of {training['by']}, {Path(training.get('run', UNSAID)).name}"
-    classes = training.get("base_classes")
+    classes, by = training.get("base_classes"), training.get("by")
+    if by:
+        weights = f"weights of {by}, {Path(training.get('run', UNSAID)).name}"
+        learned = f"{training.get('dataset', UNSAID)}, {count(classes, 'base class')}" if classes else "not recorded"
+        return f"{learned}: {weights}"
     if classes is None:
         return UNSAID
     fold = job.setting.get("fold", UNSAID)
     which = f" (fold {fold})" if classes == tested.get("base_classes") else ""
     count_of = training.get("images") or (audit_of(job).get("head") or [{}])[0].get("images")
     seen = f", {count_of:,} images" if count_of else ""
-    start = (job.record.get("config") or {}).get("ckpt") if job.record.get("mode") == "train" else None
+    earlier = training.get("started_from") or {}
+    start = (job.record.get("config") or {}).get("ckpt") if job.record.get("mode") == "train" else earlier.get("head")
+    knew = f" ({count(earlier['base_classes'], 'base class')})" if earlier.get("base_classes") else ""
     return (
         f"{training.get('dataset', UNSAID)}, {count(classes, 'base class')}{which}{seen}: {training.get('splits')}"
-        + (f"; started from {start}" if start else "")
+        + (f"; started from {start}{knew}" if start else "")
     )
 
 

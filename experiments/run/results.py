@@ -59,8 +59,9 @@ def make(
     choices = HydraConfig.get().runtime.choices
     baselines = mean([result.baselines for result in lists]) | ({"untrained": untrained.scores} if untrained else {})
     trained = checkpoint.record if checkpoint else {}
-    seen = data.seen(trained["base_classes"], trained["dataset"]) if trained else []
-    unknown = checkpoint is not None and checkpoint.released
+    learned = [record for record in (trained, trained.get("started_from")) if record and "base_classes" in record]
+    seen = sorted({name for record in learned for name in data.seen(record["base_classes"], record["dataset"])})
+    unknown = checkpoint is not None and not trained
     return {
         "mode": cfg.mode,
         "setting": {"target": data.target.name}
@@ -104,12 +105,13 @@ def checkpoint_record(checkpoint: Checkpoint | None, data: FewShotDataModule) ->
 def training_record(checkpoint: Checkpoint | None) -> dict[str, Any]:
     """How the tested weights were trained; empty for a method that learns nothing.
 
-    A checkpoint of a method's authors records nothing of its training but the file itself.
+    A checkpoint of a method's authors records nothing of its training but the file itself, a shipped head what it says.
     """
     if checkpoint is None:
         return {}
     if checkpoint.released:
-        return {"run": str(checkpoint.path.absolute()), "by": checkpoint.content.get("by", "the method's authors")}
+        by = checkpoint.content.get("by", "the method's authors")
+        return {"run": str(checkpoint.path.absolute()), "by": by, **checkpoint.record}
     commit = read_json(checkpoint.run / "training.json").get("commit")
     epochs, steps = checkpoint.content["epoch"] + 1, checkpoint.content["global_step"]
     return {"run": str(checkpoint.run), "commit": commit, "epochs": epochs, "steps": steps, **checkpoint.record}

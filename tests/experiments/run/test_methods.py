@@ -130,6 +130,18 @@ def test_checkpoint_of_the_authors_is_tested(hsnet: HSNet, tmp_path: Path) -> No
     assert record["tested_classes_seen_in_training"] is None
 
 
+@pytest.mark.parametrize("mode", [["mode=test"], ["trainer.max_epochs=1"]])
+def test_classes_that_the_shipped_head_has_seen_are_named(tmp_path: Path, mode: list[str]) -> None:
+    """Its file says what it was trained on: the drawn classes of all folds but the first. Fine-tuning adds to that."""
+    lite = ["model=pmnet_lite", "backbone=efficientnet_lite0", "backbone.weights=imagenet", "ckpt=pmnet_lite"]
+    for fold, seen in ((0, []), (1, ["gridded disc", "honeycombed star"])):
+        record = run_here(tmp_path / str(fold), *lite, *mode, f"fold={fold}")
+        assert record["tested_classes_seen_in_training"][:2] == seen
+        learned = record["training"].get("started_from", record["training"])
+        assert "voc/bus" in learned["base_classes"]
+        assert is_whole(record)
+
+
 def test_checkpoint_of_another_method_says_whose_it_is(hsnet: HSNet, tmp_path: Path) -> None:
     torch.save(released(hsnet), tmp_path / "authors.pt")
     with pytest.raises(CheckpointError, match=r"does not fit model=dcama.* It fits model=hsnet or model=hsnet_hm"):
