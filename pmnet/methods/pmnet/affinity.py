@@ -5,9 +5,11 @@ Suffixes of tensor names, here, in `hsfm.py` and in `lean.py`:
     B batch    K shots    N pairs of query and support (B*K)    A attention heads    L blocks of one backbone stage
     C channels    P pixels: Q of the query (hq*wq), S of the support (hs*ws)
 
-Affinities have their channels last in memory, (N*A, hq, wq, hs, ws, L), so that both convolutions of the HSFM read them
-without a permutation.
+For the convolutions of the HSFM, affinities have their channels last in memory, (N*A, hq, wq, hs, ws, L), so that both
+read them without a permutation.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +64,8 @@ class Affinity(nn.Module):
         >>> affinity = Affinity(channels=32).eval()
         >>> query = affinity.query_tokens([torch.rand(1, 32, 4, 6) for block in range(3)])
         >>> support = affinity.support_tokens([torch.rand(1, 32, 2, 5) for block in range(3)])
-        >>> affinity(query, support).shape  # (N*A, Q, S, L)
-        torch.Size([4, 24, 10, 3])
+        >>> [S.shape for S in affinity(query, support)][0]  # (N, A, Q, S)
+        torch.Size([1, 4, 24, 10])
     """
 
     def __init__(self, channels: int, linear_heads: bool = False, dropout: float = 0.5) -> None:
@@ -85,15 +87,14 @@ class Affinity(nn.Module):
         coded_BPC = (feature.flatten(2).transpose(1, 2) + code_PC for feature in features)
         return [linear(self.dropout(x)).unflatten(2, (HEADS, -1)).transpose(1, 2) for x in coded_BPC]
 
-    def forward(self, query_tokens: list[Tensor], support_tokens: list[Tensor]) -> Tensor:
-        """Computes the affinities of N pairs.
+    def forward(self, query_tokens: list[Tensor], support_tokens: list[Tensor]) -> Iterator[Tensor]:
+        """Computes the affinities of N pairs, block by block.
 
         Args:
             query_tokens: L tensors (N, A, Q, C/A).
             support_tokens: L tensors (N, A, S, C/A).
 
         Returns:
-            (N*A, Q, S, L), of any sign and size.
+            L tensors (N, A, Q, S), of any sign and size.
         """
-        blocks = [q @ s.transpose(2, 3) for q, s in zip(query_tokens, support_tokens, strict=True)]
-        return torch.stack(blocks, dim=-1).flatten(0, 1)
+        return (q @ s.transpose(2, 3) for q, s in zip(query_tokens, support_tokens, strict=True))

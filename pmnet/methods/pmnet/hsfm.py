@@ -1,5 +1,6 @@
 """Hysteretic spatial filtering module, HSFM (paper 3.3). Suffixes of tensor names: see `affinity.py`."""
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -7,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmnet.errors import SettingError
-from pmnet.methods.pmnet.affinity import HEADS
 from pmnet.methods.pmnet.lean import Convolved, Filtered, RectifiedAndConvolved, filtered, statistics
 
 Norm = Literal["batch", "group"]
@@ -107,7 +107,7 @@ class HSFM(nn.Module):
         out_channels: channels C of the result: 16, or L without B3DConvs.
 
     Example:
-        >>> S, masks = torch.rand(2 * 4, 4 * 6, 2 * 5, 3), torch.ones(2, 2 * 5)  # 2 pairs, 4 heads
+        >>> S, masks = [torch.rand(2, 4, 4 * 6, 2 * 5)] * 3, torch.ones(2, 2 * 5)  # 2 pairs, 4 heads, 3 blocks
         >>> evidence = HSFM(blocks=3).eval()(S, masks, query_size=(4, 6), support_size=(2, 5))
         >>> evidence.share.shape
         torch.Size([2, 4, 24, 16])
@@ -132,28 +132,31 @@ class HSFM(nn.Module):
 
     def forward(
         self,
-        S: Tensor,
+        affinities: Iterable[Tensor],
         mask_NS: Tensor,
         query_size: tuple[int, int],
         support_size: tuple[int, int],
-        heads: int = HEADS,
     ) -> Evidence:
         """Enhances the affinities of N pairs and applies the softmax over each support's pixels (paper eq. 3).
 
         Args:
-            S: affinities (N*A, Q, S, L), of all heads or of some.
+            affinities: L tensors (N, A, Q, S), of all heads or of some.
             mask_NS: support masks at feature size, values in [0, 1].
             query_size: hq, wq.
             support_size: hs, ws.
-            heads: their number, A.
 
         Returns:
             The evidence of each support, for `coarse_mask`.
         """
-        S = S.unflatten(2, support_size).unflatten(1, query_size).movedim(-1, 1)
-        mask_NS = mask_NS.repeat_interleave(heads, dim=0)
         layers = cast("list[B3DConv]", list(self.b3dconvs.children()))
-        if layers and all(uses_batch(layer.norm) for layer in layers):
+        if not layers:
+            blocks = (share(S, mask_NS) for S in affinities)
+            return Evidence(*(torch.stack(x, dim=-1) for x in zip(*blocks, strict=True)))
+        S_NAQSL = torch.stack(list(affinities), dim=-1)
+        heads = S_NAQSL.shape[1]
+        S = S_NAQSL.flatten(0, 1).unflatten(2, support_size).unflatten(1, query_size).movedim(-1, 1)
+        mask_NS = mask_NS.repeat_interleave(heads, dim=0)
+        if all(uses_batch(layer.norm) for layer in layers):
             evidence = self.in_training(S, mask_NS, *layers)
         else:
             enhanced = self.b3dconvs(S).movedim(1, -1)
@@ -171,6 +174,12 @@ class HSFM(nn.Module):
         z_NPC = RectifiedAndConvolved.apply(z_NPC, mean, rstd, norm.weight, norm.bias, *weights, groups, sizes)
         mean, rstd, groups = statistics(second.norm, z_NPC)
         return Filtered.apply(z_NPC, mean, rstd, second.norm.weight, second.norm.bias, mask_NS, groups, sizes)
+
+
+def share(S_NAQS: Tensor, mask_NS: Tensor) -> Evidence:
+    """The evidence (N, A, Q) of one block's affinities as they are; faster than `filtered`: the last axis is summed."""
+    softmax = S_NAQS.softmax(dim=-1)
+    return Evidence((softmax * mask_NS[:, None, None]).sum(dim=-1), S_NAQS.amax(dim=-1) - softmax.amax(dim=-1).log())
 
 
 def coarse_mask(evidence: Evidence, shots: int) -> Tensor:

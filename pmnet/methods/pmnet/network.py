@@ -131,7 +131,7 @@ class PMNetHead(Head):
             def of(heads: slice, rows: slice) -> Evidence:
                 Q = slice(rows.start * wq, rows.stop * wq)
                 S = affinity([q[:, heads, Q] for q in queries], [s[:, heads] for s in shots])
-                return hsfm(S, mask_NS, (rows.stop - rows.start, wq), (hs, ws), heads.stop - heads.start)
+                return hsfm(S, mask_NS, (rows.stop - rows.start, wq), (hs, ws))
 
             everything = slice(0, HEADS), slice(0, hq)
             return of(*everything) if together else in_parts(of, (hq, wq), hs * ws, hsfm.halo, device)

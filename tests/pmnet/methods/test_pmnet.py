@@ -442,11 +442,12 @@ def test_dropout_applies_to_query_and_support_tokens_in_training():
     # token 0 has the code 0, 1, 0, 1, ...; the sum is 1, 0, 1, 0, ..., so each head's inner product is 1 * 1
     feature = torch.tensor([1.0, -1.0] * 4).view(1, 8, 1, 1).expand(4096, -1, -1, -1)
     affinity.train()
-    S = affinity(affinity.query_tokens([feature]), affinity.support_tokens([feature]))
+    (S,) = affinity(affinity.query_tokens([feature]), affinity.support_tokens([feature]))
     assert set(S.unique().tolist()) == {0.0, 4.0}  # (1 / 0.5) ** 2 where neither was dropped
     assert (S == 4).float().mean().item() == pytest.approx(0.25, abs=0.02)
     affinity.eval()
-    assert (affinity(affinity.query_tokens([feature]), affinity.support_tokens([feature])) == 1).all()
+    (S,) = affinity(affinity.query_tokens([feature]), affinity.support_tokens([feature]))
+    assert (S == 1).all()
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.7])
