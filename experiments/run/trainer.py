@@ -18,6 +18,9 @@ from experiments.run.checkpoints import AtomicCheckpoints
 from experiments.run.processes import is_first
 from experiments.run.together import KeepPace, PatientDDP
 from experiments.sweep.preemption import signal_callbacks
+from pmnet.processor import has_bfloat16
+
+log = logging.getLogger(__name__)
 
 OURS = {"cache", "channels_last", "compile", "timeout"}  # keys of conf/trainer that are not Lightning's
 BY_DESIGN = (  # Lightning's warnings about choices made here on purpose
@@ -50,9 +53,16 @@ def make_trainer(cfg: DictConfig, folder: Path, loggers: list[Logger], callbacks
     try:
         patience = timedelta(seconds=cfg.trainer.timeout)
         StrategyRegistry.register("ddp", PatientDDP, override=True, timeout=patience)
-        return trainer()
+        made = trainer()
     except (TypeError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
+    if made.precision.startswith("bf16") and made.strategy.root_device.type == "cpu" and not has_bfloat16():
+        log.warning(
+            "This processor does not compute in bfloat16 itself: trainer.precision=%s can take 50 times as long as "
+            "trainer.precision=32-true.",
+            made.precision,
+        )
+    return made
 
 
 def quiet() -> None:

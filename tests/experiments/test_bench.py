@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from experiments import bench
+from pmnet import processor
 
 
 @pytest.mark.slow
@@ -18,6 +19,20 @@ def test_every_program_does_the_work_and_tells_its_time_and_memory(options: dict
     (row,) = bench.rows_of({"tiny": found})
     assert row[0] == "tiny"
     assert len(row) == len(bench.HEADERS)
+
+
+def test_rows_in_bfloat16_need_a_processor_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, rows in ((True, 1), (False, 0)):
+        monkeypatch.setattr(processor, "has_bfloat16", lambda fast=fast: fast)
+        assert sum(work.precision == "bfloat16" for work in bench.table("cpu")) == rows
+    assert any(work.precision == "bfloat16" for work in bench.table("cuda"))
+
+
+@pytest.mark.slow
+def test_a_program_that_fails_says_so(capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="'pmnet' failed at 'odd'"):
+        bench.in_turn(bench.Work("odd", size=100), ["pmnet"], "cpu", 1, Console(quiet=True))
+    assert "RuntimeError" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("says", ["print('loaded'); print(0.25)", "print('done')"])

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import open_dict
 
 from experiments.report.collect import is_whole
+from experiments.run import trainer
 from experiments.run.checkpoints import load_released, read
 from experiments.run.job import run_job
 from pmnet.backbones import ResNetBackbone, SmallBackbone
@@ -128,6 +129,18 @@ def test_checkpoint_of_the_authors_is_tested(hsnet: HSNet, tmp_path: Path) -> No
     assert is_whole(record)
     assert record["training"] == {"run": str(tmp_path / "authors.pt"), "by": "the method's authors"}
     assert record["tested_classes_seen_in_training"] is None
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_on_a_processor_without_it_is_warned_about(
+    tmp_path: Path, fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer, "has_bfloat16", lambda: fast)
+    for precision, warned in (("32-true", False), ("bf16-mixed", not fast)):
+        caplog.clear()
+        small = ["model=prototype", "backbone=small", "episodes.image_size=64", f"trainer.precision={precision}"]
+        run_here(tmp_path / precision, *small)
+        assert ("can take 50 times as long" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("mode", [["mode=test"], ["trainer.max_epochs=1"]])

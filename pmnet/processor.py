@@ -1,0 +1,13 @@
+"""What the processor can do."""
+
+import torch
+
+
+def has_bfloat16() -> bool:
+    """Whether PyTorch has fast kernels in bfloat16 for this processor: with AVX-512, for example.
+
+    Example:
+        >>> has_bfloat16() in (True, False)
+        True
+    """
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
