@@ -1,12 +1,16 @@
 """Measures how many episodes per second one CPU core reads with a plain Pillow loop, this package, and its cache.
 
 python -m datamodules.bench
+python -m datamodules.bench --images 100 1000 10000
+
+The second one measures how long folders of so many photos take to open: the first time, and later.
 """
 
 import argparse
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +70,52 @@ def seconds(readers: dict[str, Callable[[int], object]]) -> dict[str, float]:
     return {name: float(np.median(t)) for name, t in times.items()}
 
 
+def starts(images: int) -> tuple[float, float]:
+    """Seconds that `FolderDataset` takes to open a folder of so many photos of 320x240: the first time, and again.
+
+    The photos are links to one file with one mask: each of them is read, as if it were a file of its own.
+    """
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PMNET_CACHE"] = f"{folder}/cache"
+        one, index = draw(f"{CLASSES[0]} 0000000", 320, seed=0)
+        for part, pixels, kind in (("images", one, "jpg"), ("masks", index, "png")):
+            place = Path(folder, "data", part)
+            place.mkdir(parents=True)
+            Image.fromarray(pixels[:240]).save(place / f"{0:06d}.{kind}")
+            for i in range(1, images):
+                os.link(place / f"{0:06d}.{kind}", place / f"{i:06d}.{kind}")
+        Path(folder, "data", "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+        for _ in ("first", "again"):
+            start = time.perf_counter()
+            FolderDataset(f"{folder}/data", folds=4, min_area=0.01)
+            taken.append(time.perf_counter() - start)
+    return taken[0], taken[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m datamodules.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--shot", type=int, default=1, help="support images per episode, K (default: 1)")
-    shot = parser.parse_args().shot
+    parser.add_argument("--images", type=int, nargs="+", help="measure how long folders of so many photos take to open")
+    options = parser.parse_args()
+    if options.images:
+        rows = [(f"{count:,}", *(f"{taken:.2f}" for taken in starts(count))) for count in options.images]
+        Console().print(table("Opening a folder", ["photos of 320x240", "first, s", "again, s"], rows))
+    else:
+        episodes(options.shot)
+
+
+def table(title: str, headers: list[str], rows: Iterable[Iterable[str]]) -> Table:
+    made = Table(title=title)
+    for header in headers:
+        made.add_column(header, justify="left" if not header else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def episodes(shot: int) -> None:
+    """Prints episodes per second."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -85,12 +131,9 @@ def main() -> None:
                 "Episodes, cached": from_cache.__getitem__,
             }
         )
-    table = Table(title=f"{shot}-shot episodes of {WIDTH}x{HEIGHT} JPEGs at {SIZE[0]}x{SIZE[1]}, one core")
-    for column in ("", "episodes / s", "x plain loop"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, t in taken.items():
-        table.add_row(name, f"{1 / t:.0f}", f"{taken['plain Pillow loop'] / t:.1f}")
-    Console().print(table)
+    title = f"{shot}-shot episodes of {WIDTH}x{HEIGHT} JPEGs at {SIZE[0]}x{SIZE[1]}, one core"
+    rows = [(name, f"{1 / t:.0f}", f"{taken['plain Pillow loop'] / t:.1f}") for name, t in taken.items()]
+    Console().print(table(title, ["", "episodes / s", "x plain loop"], rows))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Work:
     train: bool = False
     precision: str = "float32"  # or bfloat16, under autocast
     seen: bool = False  # the supports were processed before: a further query
+    classes: int = 1  # of a further query, each with its supports
 
 
 TABLE = [
@@ -75,6 +76,7 @@ ON_GPU = [
 CURVES = {
     "shots": [Work(str(k), shots=k) for k in (1, 2, 3, 5, 7, 10, 15, 20)],
     "size": [Work(str(size), size=size) for size in (256, 384, 512, 640, 768, 1024)],
+    "classes": [Work(str(c), seen=True, classes=c) for c in (1, 2, 5, 10, 20)],
     "batch": [Work(str(b), batch=b) for b in (1, 2, 4, 8)],
 }
 
@@ -224,7 +226,10 @@ def whole(network: Any, features: Any, head: Any, seen: Any, device: str) -> Cal
 
         low = torch.autocast(device, torch.bfloat16, enabled=work.precision == "bfloat16")
         with low, torch.inference_mode(not work.train):
-            return measured(device, *(seen(query, support, masks) if work.seen else (passes, rest)))
+            if not work.seen:
+                return measured(device, passes, rest)
+            of_query, of_class = seen(query, support, masks)
+            return measured(device, of_query, lambda feats: [of_class(feats) for _ in range(work.classes)])
 
     return run
 
@@ -405,7 +410,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="model=... and other settings of run.py: times only that method")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; their median is reported (default: 3)")
-    parser.add_argument("--curves", action="store_true", help="also time 1 to 20 shots, sides up to 1024, and batches")
+    parser.add_argument("--curves", action="store_true", help="also over shots, sides, classes and batches")
     parser.add_argument("--against", metavar="CMD", help="another command to time in the same run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="output folder (default: benchmarks)")
     arguments = parser.parse_args()

@@ -1,0 +1,31 @@
+"""The measurements of `python -m datamodules.bench`, on a few images. No test depends on the speed of the machine."""
+
+import os
+
+import numpy as np
+import pytest
+
+from datamodules import bench
+from datamodules.episodes.dataset import Episodes
+
+
+def test_a_folder_is_opened_twice_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMNET_CACHE", os.environ["PMNET_CACHE"])
+    read = []
+    monkeypatch.setattr(bench, "FolderDataset", lambda *args, **kwargs: read.append(FOLDER(*args, **kwargs)))
+    assert min(bench.starts(3)) > 0
+    assert [len(dataset.images_of(0, "test")) for dataset in read] == [3, 3]
+
+
+def test_plain_loop_reads_the_same_episode(tmp_path) -> None:
+    """Up to the rounding of the resizing."""
+    dataset = bench.write_images(tmp_path / "data", 20)
+    (spec,) = dataset.test_episodes(range(5), 1, 2)
+    episode = Episodes(dataset, [spec], bench.SIZE)[0]
+    (query, mask), *supports = bench.plain(tmp_path / "data", spec)
+    assert (mask == (episode.query_mask == 1)).float().mean() > 0.99  # Pillow and PyTorch choose other pixels
+    assert len(supports) == 2
+    assert np.abs(query.numpy().astype(int) - episode.query.numpy()).max() <= 1
+
+
+FOLDER = bench.FolderDataset
