@@ -13,6 +13,7 @@ table.
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
 import platform
@@ -38,6 +39,7 @@ from experiments.files import write_json
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("backbone", "pmnet", "plain")
 LONG = 10  # seconds
+WIDTH = 110  # of the table, also where the output is no terminal
 FORKS = multiprocessing.get_context("forkserver")  # each program has memory of its own, but imports are made once
 FORKS.set_forkserver_preload(["torch", "torchvision", "pmnet"])
 
@@ -86,6 +88,7 @@ CURVES = {
 
 def serve(program: str, device: str, caller: Connection) -> None:
     """Answers each `Work` with its seconds and bytes."""
+    logging.disable(logging.WARNING)  # of random weights
     run = PROGRAM[program](device)
     while True:
         caller.send(run(caller.recv()))
@@ -420,6 +423,7 @@ def main() -> None:
     if arguments.device != "cpu" and not torch.accelerator.is_available():
         parser.error(f"--device {arguments.device}: PyTorch finds no such device. Use --device cpu.")
     console, device, rounds = Console(), arguments.device, arguments.rounds
+    console.width = max(console.width, WIDTH)
     if arguments.settings:
         title, rows = of_method(arguments.settings, device, rounds)
         console.print(shown(f"{title}, {machine(device)}", METHOD_HEADERS, rows))

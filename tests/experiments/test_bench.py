@@ -29,10 +29,9 @@ def test_rows_in_bfloat16_need_a_processor_with_it(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_a_program_that_fails_says_so(capfd: pytest.CaptureFixture) -> None:
+def test_a_program_that_fails_is_named() -> None:
     with pytest.raises(SystemExit, match="'pmnet' failed at 'odd'"):
         bench.in_turn(bench.Work("odd", size=100), ["pmnet"], "cpu", 1, Console(quiet=True))
-    assert "RuntimeError" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("says", ["print('loaded'); print(0.25)", "print('done')"])
