@@ -59,9 +59,16 @@ def make(
     choices = HydraConfig.get().runtime.choices
     baselines = mean([result.baselines for result in lists]) | ({"untrained": untrained.scores} if untrained else {})
     trained = checkpoint.record if checkpoint else {}
-    learned = [record for record in (trained, trained.get("started_from")) if record and "base_classes" in record]
-    seen = sorted({name for record in learned for name in data.seen(record["base_classes"], record["dataset"])})
-    unknown = checkpoint is not None and not trained
+    learned = [trained, *([trained["started_from"]] if "started_from" in trained else [])]
+    unknown = checkpoint is not None and not all("base_classes" in record for record in learned)
+    seen = sorted(
+        {
+            name
+            for record in learned
+            if record and not unknown
+            for name in data.seen(record["base_classes"], record["dataset"])
+        }
+    )
     return {
         "mode": cfg.mode,
         "setting": {"target": data.target.name}
@@ -111,7 +118,7 @@ def training_record(checkpoint: Checkpoint | None) -> dict[str, Any]:
         return {}
     if checkpoint.released:
         by = checkpoint.content.get("by", "the method's authors")
-        return {"run": str(checkpoint.path.absolute()), "by": by, **checkpoint.record}
+        return {**checkpoint.record, "run": str(checkpoint.path.absolute()), "by": by}
     commit = read_json(checkpoint.run / "training.json").get("commit")
     epochs, steps = checkpoint.content["epoch"] + 1, checkpoint.content["global_step"]
     return {"run": str(checkpoint.run), "commit": commit, "epochs": epochs, "steps": steps, **checkpoint.record}

@@ -179,7 +179,9 @@ class HSFM(nn.Module):
 def share(S_NAQS: Tensor, mask_NS: Tensor) -> Evidence:
     """The evidence (N, A, Q) of one block's affinities as they are; faster than `filtered`: the last axis is summed."""
     softmax = S_NAQS.softmax(dim=-1)
-    return Evidence((softmax * mask_NS[:, None, None]).sum(dim=-1), S_NAQS.amax(dim=-1) - softmax.amax(dim=-1).log())
+    peak = S_NAQS.max(dim=-1, keepdim=True)
+    logsum = (peak.values - softmax.gather(-1, peak.indices).log()).squeeze(-1)
+    return Evidence((softmax * mask_NS[:, None, None]).sum(dim=-1), logsum)
 
 
 def coarse_mask(evidence: Evidence, shots: int) -> Tensor:
