@@ -3,7 +3,7 @@
 python -m datamodules.bench
 python -m datamodules.bench --images 100 1000 10000
 
-The second one measures how long folders of so many photos take to open: the first time, and later.
+The second one measures how long folders of that many photos take to open: the first time, and later.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from datamodules.own.folder import FolderDataset
 from datamodules.own.synthetic import CLASSES, draw
 from datamodules.progress import track
 
+LINKS = 30_000  # to one file; ext4 allows 65,000
 HEIGHT, WIDTH, SIZE, EPISODES, ROUNDS = 375, 500, (384, 384), 100, 7
 
 
@@ -73,18 +75,21 @@ def seconds(readers: dict[str, Callable[[int], object]]) -> dict[str, float]:
 def starts(images: int) -> tuple[float, float]:
     """Seconds that `FolderDataset` takes to open a folder of so many photos of 320x240: the first time, and again.
 
-    The photos are links to one file with one mask: each of them is read, as if it were a file of its own.
+    The photos are links to copies of one file with one mask. Each of them is decoded, as if it were a file of its own,
+    but read from memory.
     """
     taken = []
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["PMNET_CACHE"] = f"{folder}/cache"
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, PMNET_CACHE=f"{folder}/cache"):
         one, index = draw(f"{CLASSES[0]} 0000000", 320, seed=0)
         for part, pixels, kind in (("images", one, "jpg"), ("masks", index, "png")):
             place = Path(folder, "data", part)
             place.mkdir(parents=True)
-            Image.fromarray(pixels[:240]).save(place / f"{0:06d}.{kind}")
-            for i in range(1, images):
-                os.link(place / f"{0:06d}.{kind}", place / f"{i:06d}.{kind}")
+            for i in range(images):
+                first = i - i % LINKS
+                if i == first:
+                    Image.fromarray(pixels[:240]).save(place / f"{i:06d}.{kind}")
+                else:
+                    os.link(place / f"{first:06d}.{kind}", place / f"{i:06d}.{kind}")
         Path(folder, "data", "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
         for _ in ("first", "again"):
             start = time.perf_counter()
@@ -96,9 +101,11 @@ def starts(images: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m datamodules.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--shot", type=int, default=1, help="support images per episode, K (default: 1)")
-    parser.add_argument("--images", type=int, nargs="+", help="measure how long folders of so many photos take to open")
+    parser.add_argument("--images", type=int, nargs="+", metavar="N", help="time to open folders of N photos")
     options = parser.parse_args()
     if options.images:
+        if min(options.images) < 1:
+            parser.error("--images: give numbers of photos, 1 or more.")
         rows = [(f"{count:,}", *(f"{taken:.2f}" for taken in starts(count))) for count in options.images]
         Console().print(table("Opening a folder", ["photos of 320x240", "first, s", "again, s"], rows))
     else:

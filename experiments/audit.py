@@ -36,6 +36,7 @@ from experiments.prints import Album, like, nearest
 from experiments.report.collect import Job, collect
 from experiments.report.made import digest, pretraining
 from experiments.report.renderings import wide_console
+from experiments.run.checkpoints import lineage
 from pmnet.errors import PMNetError
 
 EXAMPLES = 5
@@ -186,14 +187,20 @@ def of_head(job: Job, library: Library) -> list[Used]:
     training = job.record.get("training") or {}
     if job.training_free:
         return []
+    config = job.record.get("config") if job.record.get("mode") == "train" else config_of(job.trained_by or Path())
     if "by" in training or not training:
-        return [Used(f"weights of {training.get('by', 'an unrecorded training')}, images not at hand")]
-    config = job.record["config"] if job.record.get("mode") == "train" else config_of(job.trained_by or Path())
-    if not config:
-        return [Used(f"the run {training.get('run')} is not there")]
-    found = list(chain(config, library))
-    wanted, data = training.get("train_lists_sha256"), found[0].data
-    found[0].changed = bool(data and wanted and json_hash(data.train_lists) != wanted)
+        found = [Used(f"weights of {training.get('by', 'an unrecorded training')}, images not at hand")]
+    elif not config:
+        found = [Used(f"the run {training.get('run')} is not there")]
+    else:
+        found = list(chain(config, library))
+        wanted, data = training.get("train_lists_sha256"), found[0].data
+        found[0].changed = bool(data and wanted and json_hash(data.train_lists) != wanted)
+    records = list(lineage(training))
+    found += [Used("weights that these started from, images not at hand") for _ in records[len(found) :]]
+    for used, record in zip(found, records, strict=False):
+        if not used.of:  # its images are not at hand, but its classes are recorded
+            used.of, used.classes = record.get("dataset", ""), record.get("base_classes", ())
     return found
 
 

@@ -4,9 +4,10 @@ python -m experiments.bench
 python -m experiments.bench model=hsnet
 
 The first command writes `benchmarks/<machine>.json`, `.md` and `.png`. Each program runs in its own process with its
-own memory; the programs take turns. Times are medians; a program that takes more than 10 seconds runs once. "x floor"
-is the time divided by that of the backbone's forward passes, a lower bound on run time; "x plain" is the time divided
-by that of the plain implementation. Memory is the peak of a step above the peak of the backbone's forward passes.
+own memory; the programs take turns. Times are medians, after a round to warm up; what takes more than 10 seconds is
+timed once. "x floor" is the time divided by that of the backbone's forward passes, a lower bound on run time; "x plain"
+is the time divided by that of the plain implementation. Memory is the peak of a step above the peak of the backbone's
+forward passes.
 
 The second one takes settings of `run.py`. It times any method beside its own backbone's forward passes, and prints a
 table.
@@ -38,8 +39,8 @@ from experiments.files import write_json
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("backbone", "pmnet", "plain")
-LONG = 10  # seconds
-WIDTH = 110  # of the table, also where the output is no terminal
+LONG = 10  # seconds; what takes longer is timed once
+WIDTH = 110  # of the table where the output is no terminal
 FORKS = multiprocessing.get_context("forkserver")  # each program has memory of its own, but imports are made once
 FORKS.set_forkserver_preload(["torch", "torchvision", "pmnet"])
 
@@ -300,7 +301,10 @@ class Served:
             self.channel.send(work)
             return self.channel.recv()
         except (EOFError, OSError):
-            raise SystemExit(f"The program {self.program!r} failed at {work.name!r}; its error is above.") from None
+            self.process.join()
+            code = self.process.exitcode or 0
+            why = f"signal {-code} ended it, perhaps for lack of memory" if code < 0 else "its error is above"
+            raise SystemExit(f"The program {self.program!r} failed at {work.name!r}: {why}.") from None
 
     def end(self) -> None:
         self.process.kill()
@@ -310,20 +314,20 @@ class Served:
 def in_turn(work: Work, programs: list[str], device: str, rounds: int, console: Console) -> dict[str, dict[str, float]]:
     """Median seconds of each program. The first round is a warm-up, which also measures the memory of a new process.
 
-    A program that takes longer than `LONG` runs once: warming up is a small part of that.
+    A program that takes longer than `LONG` is timed once.
     """
     served = {name: Served(name, device) for name in programs}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     with console.status(work.name):
         for _ in range(rounds + 1):
             for name, run in served.items():
-                if not found[name] or found[name][0]["seconds"] < LONG:
+                if len(found[name]) < 2 or found[name][0]["seconds"] < LONG:
                     found[name].append(run(work))
     for run in served.values():
         run.end()
     return {
-        name: {"seconds": statistics.median(f["seconds"] for f in all_[1:] or all_), "bytes": all_[0]["bytes"]}
-        for name, all_ in found.items()
+        name: {"seconds": statistics.median(f["seconds"] for f in timed), "bytes": first["bytes"], "times": len(timed)}
+        for name, (first, *timed) in found.items()
     }
 
 
@@ -423,7 +427,8 @@ def main() -> None:
     if arguments.device != "cpu" and not torch.accelerator.is_available():
         parser.error(f"--device {arguments.device}: PyTorch finds no such device. Use --device cpu.")
     console, device, rounds = Console(), arguments.device, arguments.rounds
-    console.width = max(console.width, WIDTH)
+    if not console.is_terminal:
+        console.width = WIDTH
     if arguments.settings:
         title, rows = of_method(arguments.settings, device, rounds)
         console.print(shown(f"{title}, {machine(device)}", METHOD_HEADERS, rows))
@@ -435,7 +440,8 @@ def main() -> None:
         "rounds": rounds,
         "table": {work.name: in_turn(work, programs_of(work), device, rounds, console) for work in table(device)},
     }
-    title = f"{record['machine']}, PyTorch {torch.__version__}, ResNet-50 at 384x384, medians of {rounds}"
+    setting = f"{record['machine']}, PyTorch {torch.__version__}, ResNet-50 at 384x384"
+    title = f"{setting}, medians of {rounds}; timed once above {LONG} s"
     rows = rows_of(record["table"])
     console.print(shown(title, HEADERS, rows))
     if arguments.against:

@@ -14,7 +14,7 @@ from experiments.files import read_json
 from experiments.run.checkpoints import Checkpoint, read
 from pmnet.segment.recipe import PREFIX
 
-TRAINING = ("dataset", "base_classes", "image_size", "batch_size", "novel_pixels", "train_shot", "seed")
+TRAINING = ("dataset", "base_classes", "image_size", "batch_size", "novel_pixels", "train_shot", "seed", "started_from")
 
 
 def metadata(checkpoint: Checkpoint, side: int, licence: str) -> dict[str, object]:
@@ -26,7 +26,7 @@ def metadata(checkpoint: Checkpoint, side: int, licence: str) -> dict[str, objec
         licence: of the head.
     """
     content, config = checkpoint.content, read_json(checkpoint.run / "results.json").get("config", {})
-    facts = {name: checkpoint.record[name] for name in TRAINING}
+    facts = {name: checkpoint.record[name] for name in TRAINING if name in checkpoint.record}
     facts |= {"steps": content["global_step"], "epochs": content["epoch"] + 1}
     facts |= {name: config.get(name) for name in ("loss", "optimizer", "scheduler", "augment")}
     facts |= {"commit": read_json(checkpoint.run / "training.json").get("commit")}

@@ -4,7 +4,7 @@ import torch
 
 
 def has_bfloat16() -> bool:
-    """Whether PyTorch has fast kernels in bfloat16 for this processor: with AVX-512, for example.
+    """False where PyTorch has no fast kernels in bfloat16 for this processor: without AVX-512, for example.
 
     Example:
         >>> has_bfloat16() in (True, False)

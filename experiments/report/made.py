@@ -111,7 +111,7 @@ def head(job: Job) -> str:
     count_of = training.get("images") or (audit_of(job).get("head") or [{}])[0].get("images")
     seen = f", {count_of:,} images" if count_of else ""
     earlier = training.get("started_from") or {}
-    start = (job.record.get("config") or {}).get("ckpt") if job.record.get("mode") == "train" else earlier.get("head")
+    start = (job.record.get("config") or {}).get("ckpt") if job.record.get("mode") == "train" else earlier.get("file")
     knew = f" ({count(earlier['base_classes'], 'base class')})" if earlier.get("base_classes") else ""
     return (
         f"{training.get('dataset', UNSAID)}, {count(classes, 'base class')}{which}{seen}: {training.get('splits')}"

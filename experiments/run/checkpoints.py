@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,13 @@ class Checkpoint:
                 f"({', '.join(trained['base_classes'][:5])}, ...), but dataset={data.dataset.name} fold={data.fold} "
                 f"means {len(data.base_classes)} classes. Choose the dataset and fold that it was trained on."
             )
+
+
+def lineage(record: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The record of a training, of the one whose weights it started from, and so on."""
+    while record:
+        yield record
+        record = record.get("started_from")
 
 
 # Which one

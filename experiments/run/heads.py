@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.run.checkpoints import Checkpoint
+from experiments.run.checkpoints import Checkpoint, lineage
 from pmnet.errors import CheckpointError
-from pmnet.files import read_file
+from pmnet.files import file_hash, read_file
 from pmnet.methods import Method
 from pmnet.segment.recipe import PREFIX, SHIPPED
 from pmnet.training.module import check_checkpoint
+
+KINDS: dict[str, type] = dict.fromkeys(("dataset", "splits", "novel_pixels"), str)
+KINDS |= dict.fromkeys(("base_classes", "image_size"), list) | {"started_from": dict}
+KINDS |= dict.fromkeys(("images", "train_shot", "batch_size", "seed", "steps", "epochs"), int)
 
 
 def named(ckpt: str | None) -> Path | None:
@@ -39,10 +43,22 @@ def load(path: Path, network: Method) -> Checkpoint:
     return Checkpoint(path, {"by": "this project", "record": training_of(recipe)})
 
 
-def started_from(ckpt: str | None) -> dict[str, Any]:
-    """The entry `started_from` of a training's record: what the head had learned that it starts from, if it has one."""
-    path = named(ckpt)
-    return {"started_from": {"head": path.stem} | training_of(recipe_in(path))} if path else {}
+def started_from(ckpt: str | None, start: Checkpoint | None, folder: Path) -> dict[str, Any]:
+    """The entry `started_from` of a training's record: what its first weights were trained on; empty if nothing.
+
+    Args:
+        ckpt: a head or a checkpoint to start from, or None.
+        start: the checkpoint to start from, if it is no head.
+        folder: the run's own; an interrupted training keeps its entry.
+    """
+    if start and start.run == folder.absolute():
+        return {name: entry for name, entry in start.record.items() if name == "started_from"}
+    path, earlier = (start.path, start.record) if start else (named(ckpt), {})
+    if path is None:
+        return {}
+    if start is None:
+        earlier = training_of(recipe_in(path))
+    return {"started_from": earlier | {"file": path.name, "sha256": file_hash(path)}}
 
 
 def recipe_in(path: Path) -> dict[str, Any]:
@@ -55,10 +71,17 @@ def recipe_in(path: Path) -> dict[str, Any]:
 
 
 def training_of(recipe: dict[str, Any]) -> dict[str, Any]:
-    """How a head was trained, if its file says it soundly; else nothing."""
+    """How a head was trained, and what it started from, if its file says it soundly; else nothing."""
     training = recipe.get("training")
-    if not isinstance(training, dict):
+    if not isinstance(training, dict) or not all(map(is_sound, lineage(training))):
         return {}
-    classes, dataset = training.get("base_classes"), training.get("dataset")
-    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    return training if names and isinstance(dataset, str) else {}
+    return training
+
+
+def is_sound(record: Any) -> bool:
+    """Whether a record names its dataset and classes, and its entries have the types that a run writes."""
+    if not isinstance(record, dict) or not {"dataset", "base_classes"} <= record.keys():
+        return False
+    classes = record["base_classes"]
+    known = all(isinstance(record[name], kind) for name, kind in KINDS.items() if name in record)
+    return known and all(isinstance(name, str) for name in classes)

@@ -20,7 +20,7 @@ from torch import nn
 from datamodules import FewShotDataModule
 from datamodules.episodes.sampler import list_hash
 from experiments.files import read_json
-from experiments.run.checkpoints import Checkpoint
+from experiments.run.checkpoints import Checkpoint, lineage
 from pmnet.methods import Method
 from pmnet.replacing import replacing
 from pmnet.training.module import TestResult
@@ -59,16 +59,9 @@ def make(
     choices = HydraConfig.get().runtime.choices
     baselines = mean([result.baselines for result in lists]) | ({"untrained": untrained.scores} if untrained else {})
     trained = checkpoint.record if checkpoint else {}
-    learned = [trained, *([trained["started_from"]] if "started_from" in trained else [])]
-    unknown = checkpoint is not None and not all("base_classes" in record for record in learned)
-    seen = sorted(
-        {
-            name
-            for record in learned
-            if record and not unknown
-            for name in data.seen(record["base_classes"], record["dataset"])
-        }
-    )
+    learned = list(lineage(trained))
+    known = checkpoint is None or (learned and all("base_classes" in record for record in learned))
+    seen = {name for record in learned if known for name in data.seen(record["base_classes"], record["dataset"])}
     return {
         "mode": cfg.mode,
         "setting": {"target": data.target.name}
@@ -85,7 +78,7 @@ def make(
         "checkpoint": checkpoint_record(checkpoint, data),
         "training": training_record(checkpoint),
         "tuned_at_test": network.tuned_on or None,  # what gradient steps at test use
-        "tested_classes_seen_in_training": None if unknown else seen,
+        "tested_classes_seen_in_training": sorted(seen) if known else None,
         "seconds": {
             "fit": round(clock["test"] - clock["fit"], 1) if "fit" in clock else None,
             "test": round(clock["end"] - clock["test"], 1),

@@ -50,7 +50,7 @@ def train_and_test(cfg: DictConfig, folder: Path) -> float:
         instantiate(cfg.loss),
         instantiate(cfg.optimizer),
         instantiate(schedule),
-        data.training_record | heads.started_from(cfg.ckpt) if learns else {},
+        data.training_record | heads.started_from(cfg.ckpt, start, folder) if learns else {},
         data.val_class_ids,
         floors,
         interval,

@@ -110,7 +110,8 @@ def built_with_facts(source: str | Path, licence: str | None = None) -> Built:
     facts: dict[str, Any] = {"licence": licence} if licence else {}
     if str(source) not in FLOORS and (path := located(source)).suffix != ".safetensors":
         record = read_file(path)[0].get("record") or {}
-        kept = {name: record[name] for name in ("dataset", "task", "fold", "splits", "base_classes") if name in record}
+        facts_kept = ("dataset", "task", "fold", "splits", "base_classes", "started_from")
+        kept = {name: record[name] for name in facts_kept if name in record}
         facts |= {"training": kept} if kept else {}
     return Built(built.method, built.recipe | facts)
 

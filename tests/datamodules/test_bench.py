@@ -7,14 +7,21 @@ import pytest
 
 from datamodules import bench
 from datamodules.episodes.dataset import Episodes
+from pmnet.segment.formats import masks
 
 
-def test_a_folder_is_opened_twice_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PMNET_CACHE", os.environ["PMNET_CACHE"])
-    read = []
-    monkeypatch.setattr(bench, "FolderDataset", lambda *args, **kwargs: read.append(FOLDER(*args, **kwargs)))
+def test_a_folder_is_opened_twice_and_its_masks_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, opened, read = os.environ["PMNET_CACHE"], [], []
+    plain_read = masks.Legend.read
+    monkeypatch.setattr(masks.Legend, "read", lambda legend, mask: read.append(mask) or plain_read(legend, mask))
+    monkeypatch.setattr(bench, "LINKS", 2)
+    monkeypatch.setattr(
+        bench, "FolderDataset", lambda *args, **kwargs: opened.append((len(read), FOLDER(*args, **kwargs)))
+    )
     assert min(bench.starts(3)) > 0
-    assert [len(dataset.images_of(0, "test")) for dataset in read] == [3, 3]
+    assert [len(dataset.images_of(0, "test")) for _, dataset in opened] == [3, 3]
+    assert [before for before, _ in opened] + [len(set(read))] == [0, 3, 3]
+    assert os.environ["PMNET_CACHE"] == kept
 
 
 def test_plain_loop_reads_the_same_episode(tmp_path) -> None:

@@ -95,6 +95,6 @@ class Affinity(nn.Module):
             support_tokens: L tensors (N, A, S, C/A).
 
         Returns:
-            L tensors (N, A, Q, S), of any sign and size.
+            L tensors (N, A, Q, S), of any sign and size, which are computed as they are asked for, once.
         """
         return (q @ s.transpose(2, 3) for q, s in zip(query_tokens, support_tokens, strict=True))

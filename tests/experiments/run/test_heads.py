@@ -65,6 +65,21 @@ def test_a_file_that_is_no_head_is_refused(tmp_path):
         heads.load(tmp_path / "absent.safetensors", make(0))
 
 
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"base_classes": ["cat"]},
+        {"dataset": "shapes", "base_classes": [1]},
+        {"dataset": "shapes", "base_classes": ["cat"], "novel_pixels": []},
+        {"dataset": "shapes", "base_classes": ["cat"], "started_from": {"file": "other.safetensors"}},
+    ],
+)
+def test_an_unsound_account_of_a_training_counts_as_none(training: dict):
+    assert heads.training_of({"training": training}) == {}
+    sound = {"dataset": "shapes", "base_classes": ["cat"], "started_from": {"dataset": "a", "base_classes": []}}
+    assert heads.training_of({"training": sound}) == sound
+
+
 # The shipped head
 
 

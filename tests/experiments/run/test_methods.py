@@ -14,7 +14,7 @@ from omegaconf import open_dict
 
 from experiments.report.collect import is_whole
 from experiments.run import trainer
-from experiments.run.checkpoints import load_released, read
+from experiments.run.checkpoints import lineage, load_released, read
 from experiments.run.job import run_job
 from pmnet.backbones import ResNetBackbone, SmallBackbone
 from pmnet.backbones.dilated import DilatedResNetBackbone
@@ -26,6 +26,7 @@ from pmnet.methods.hsnet import HSNet
 from pmnet.methods.panet import PANet
 from pmnet.methods.pfenet import PFENet
 from pmnet.methods.ssp import SSP
+from pmnet.segment.hub import built_with_facts, write
 from tests.conftest import ROOT, results
 
 TINY = (
@@ -153,6 +154,30 @@ def test_classes_that_the_shipped_head_has_seen_are_named(tmp_path: Path, mode: 
         learned = record["training"].get("started_from", record["training"])
         assert "voc/bus" in learned["base_classes"]
         assert is_whole(record)
+
+
+@pytest.mark.slow
+def test_classes_of_earlier_trainings_stay_seen(tmp_path: Path) -> None:
+    """After a fine-tuning that starts from a fine-tuned run, and in the file that is exported of it."""
+    lite = ["model=pmnet_lite", "backbone=efficientnet_lite0", "backbone.weights=imagenet"]
+    run_here(tmp_path / "first", *lite, "ckpt=pmnet_lite", "fold=0")
+    second = run_here(
+        tmp_path / "second", *lite, f"ckpt={tmp_path / 'first'}", "fold=2", "trainer.max_epochs=2", "seed=1"
+    )
+    kinds = [record["file"] for record in lineage(second["training"]) if "file" in record]
+    assert kinds == ["last.ckpt", "pmnet_lite.safetensors"]
+    seen = second["tested_classes_seen_in_training"]
+    assert seen == sorted(second["episodes"]["novel_classes"])  # fold 0 and the head were both trained on fold 2
+    write(built_with_facts(tmp_path / "first"), tmp_path / "out")
+    tested = run_here(
+        tmp_path / "third", *lite, "mode=test", f"ckpt={tmp_path / 'out' / 'model.safetensors'}", "fold=0"
+    )
+    assert tested["tested_classes_seen_in_training"] == []
+    tested = run_here(
+        tmp_path / "fourth", *lite, "mode=test", f"ckpt={tmp_path / 'out' / 'model.safetensors'}", "fold=1"
+    )
+    assert "gridded disc" in tested["tested_classes_seen_in_training"]
+    assert [record.get("file") for record in lineage(tested["training"])] == [None, "pmnet_lite.safetensors"]
 
 
 def test_checkpoint_of_another_method_says_whose_it_is(hsnet: HSNet, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import pmnet.methods.pmnet.affinity
@@ -16,8 +17,10 @@ from pmnet.backbones.dilated import DilatedResNetBackbone
 from pmnet.backbones.vgg import VGGBackbone
 from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods.nearest import NearestHead
-from pmnet.methods.pmnet import from_release
+from pmnet.methods.pmnet import decoder, from_release
 from pmnet.methods.pmnet.affinity import Affinity, Dropout
+from pmnet.methods.pmnet.hsfm import share
+from pmnet.methods.pmnet.lean import filtered
 from pmnet.methods.prototype import PrototypeHead
 from tests.pmnet.methods import plain_pmnet as plain
 from tests.pmnet.methods.plain_network import plain_network_head
@@ -434,6 +437,39 @@ def test_whole_network_agrees_with_the_plain_implementation():
         }
         expected = plain_head(network.head, network.backbone(query), support_feats, masks)
         torch.testing.assert_close(network(query, support, masks), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("few", [0, 100], ids=["nine products", "one convolution"])
+def test_both_forms_of_the_mixing_convolution_are_the_convolution(few: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decoder, "FEW", few)
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(5 + 3, 4, 3, padding=1).double()
+    inputs = torch.randn(2, 5, 3, 4).double().requires_grad_(), torch.randn(2, 3, 6, 8).double().requires_grad_()
+    weights = torch.randn(2, 4, 6, 8).double()
+
+    def plain(coarse, fine):
+        larger = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=True)
+        return F.conv2d(torch.cat([larger, fine], dim=1), conv.weight, conv.bias, padding=1)
+
+    made, want = decoder.fused(conv, *inputs), plain(*inputs)
+    torch.testing.assert_close(made, want)
+    wrt = [*inputs, *conv.parameters()]
+    for ours, theirs in zip(*(torch.autograd.grad((x * weights).sum(), wrt) for x in (made, want)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 30.0])
+def test_evidence_of_one_block_is_that_of_all_channels(scale: float):
+    """Values and gradients, also where affinities differ by less than the softmax shows."""
+    torch.manual_seed(0)
+    S, mask = (scale * torch.randn(2, 4, 5, 6)).requires_grad_(), torch.rand(2, 6)
+    made = share(S, mask)
+    want = [x[..., 0].unflatten(0, (2, 4)) for x in filtered(S.flatten(0, 1)[..., None], mask.repeat_interleave(4, 0))]
+    for ours, theirs in zip(made, want, strict=True):
+        weights = torch.randn_like(ours)
+        torch.testing.assert_close(ours, theirs)
+        grads = [torch.autograd.grad((x * weights).sum(), S, retain_graph=True)[0] for x in (ours, theirs)]
+        torch.testing.assert_close(*grads)
 
 
 def test_dropout_applies_to_query_and_support_tokens_in_training():

@@ -27,7 +27,7 @@ LITE = {"_target_": "pmnet.EfficientNetLiteBackbone", "weights": "imagenet"}
 RESNET50 = {"_target_": "pmnet.ResNetBackbone", "name": "resnet50", "weights": "none"}
 PMNET = {"_target_": "pmnet.PMNet"}
 GROUPS = {"_target_": "pmnet.PMNet", "norm": "group", "linear_heads": True}
-SHIPPED = {"_target_": "pmnet.PMNet", "evidence": ["prototype", "nearest"]}
+SHIPPED = {"_target_": "pmnet.PMNet", "evidence": ["prototype", "nearest"], "b3dconvs": False}
 NEAREST = {"_target_": "pmnet.Nearest"}
 SHAPES = [(1, 1, (64, 64), (64, 64)), (5, 2, (64, 96), (128, 64)), (2, 1, (96, 64), (64, 160))]
 
