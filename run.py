@@ -31,6 +31,7 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     wait = True
+    Sweep.under_way = None  # a job that is a fork of its sweep has the sweep's
     end_with_parent()
     os.environ[TRACES] = "1"  # until a run begins, Hydra passes on what is wrong, to be told here
     try:

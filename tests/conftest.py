@@ -1,6 +1,7 @@
 """What the tests share: the reference data beside the checkout, and whole runs as a user starts them."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+from experiments.sweep.warm import become
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -24,6 +27,8 @@ LONGEST = ("test_slurm.py", "test_sweep.py", "test_run.py", "test_tables.py", "t
 
 CACHE = tempfile.TemporaryDirectory(prefix="pmnet-cache-")  # no test may use another's
 os.environ["PMNET_CACHE"] = CACHE.name
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["experiments.run.job"])
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the programs that tests start would ignore it
 
 
@@ -55,11 +60,31 @@ def command(*overrides: str) -> list[str]:
 
 
 def run(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """`python run.py <overrides>` from the project's root; wide, so that no message is broken."""
-    environment = os.environ | {"COLUMNS": "300", "OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run(
-        command(*overrides), cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600, check=False
-    )
+    """`python run.py <overrides>` from the project's root; wide, so that no message is broken.
+
+    Without variables of its own it is a fork of a server that has imported everything; see `experiments/sweep/warm.py`.
+    """
+    words, environment = command(*overrides), os.environ | {"COLUMNS": "300", "OMP_NUM_THREADS": "1"} | (env or {})
+    if env:
+        return subprocess.run(
+            words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600, check=False
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder) / "stdout", Path(folder) / "stderr"]
+        job = SERVER.Process(target=become_run, args=(words[2:], environment, printed))
+        job.start()
+        job.join(600)
+        if job.exitcode is None:
+            job.kill()
+            raise subprocess.TimeoutExpired(words, 600)
+        return subprocess.CompletedProcess(words, job.exitcode, *(path.read_text() for path in printed))
+
+
+def become_run(words: list[str], environment: dict[str, str], printed: list[Path]) -> None:
+    for number, path in enumerate(printed, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(ROOT)
+    become(words, environment)
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -30,9 +30,9 @@ from rich.markup import escape
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
 from experiments.sweep import slurm
+from experiments.sweep.warm import RUN, Fork
 
 log = logging.getLogger(__name__)
-RUN = Path(__file__).parents[2] / "run.py"
 PARENT = "PMNET_PARENT"  # variable of the environment: the process that started this one
 PATIENCE = 8.0  # seconds for a job to end: a little more than it gives itself
 
@@ -127,13 +127,13 @@ def run_alone(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     folder, number = Path(hydra.runtime.output_dir), hydra.job.num
     given = {"hydra.run.dir": folder, "hydra.sweep.dir": hydra.sweep.dir, "hydra.job.num": number, "hydra.mode": "RUN"}
-    command = [sys.executable, str(RUN), *config_flags(), *hydra.overrides.task]
-    command += [f"{key}={quoted(value)}" for key, value in given.items()]
+    arguments = [*config_flags(), *hydra.overrides.task, *(f"{key}={quoted(value)}" for key, value in given.items())]
     in_turn = hydra.launcher._target_.endswith("BasicLauncher")
     with ExitStack() as stack:
         free = {} if in_turn else stack.enter_context(reserved_gpus(cfg.trainer.accelerator, cfg.trainer.devices))
         output = None if in_turn else stack.enter_context((folder / "output.txt").open("a"))
-        code = exit_code(command, os.environ | free | {PARENT: str(os.getpid())}, output)
+        env = os.environ | free | {PARENT: str(os.getpid())}
+        code = exit_code(started(arguments, env, output, warm=on_cpu(cfg.trainer.accelerator)))
     if code or not (folder / "results.json").exists():
         if not (folder / "failure.json").exists():
             write_json(folder / "failure.json", {"error": exit_message(code), "traceback": None})
@@ -146,17 +146,35 @@ def run_alone(cfg: DictConfig) -> float:
     return float("nan") if score is None else score
 
 
-def exit_code(command: list[str], env: dict[str, str], output: IO[str] | None) -> int:
-    """Runs a job; when the sweep is interrupted, the job gets the time to end in order."""
-    with subprocess.Popen(command, env=env, stdout=output, stderr=output) as job:
-        try:
-            return job.wait()
-        except BaseException:
-            job.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                job.wait(PATIENCE)
-            job.kill()
-            raise
+def on_cpu(accelerator: str) -> bool:
+    import torch
+
+    return accelerator == "cpu" or not torch.cuda.is_available()
+
+
+def started(
+    arguments: list[str], env: dict[str, str], output: IO[str] | None, warm: bool
+) -> subprocess.Popen[bytes] | Fork:
+    """`python run.py <arguments>`: warm as a fork of this process, otherwise as a new one, which CUDA needs."""
+    if not warm:
+        return subprocess.Popen([sys.executable, str(RUN), *arguments], env=env, stdout=output, stderr=output)
+    job = Fork(arguments, env, output)
+    job.start()
+    return job
+
+
+def exit_code(job: subprocess.Popen[bytes] | Fork) -> int:
+    """Waits for a job; when the sweep is interrupted, the job gets the time to end in order."""
+    try:
+        code = job.wait()
+    except BaseException:
+        job.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            job.wait(PATIENCE)
+        job.kill()
+        raise
+    assert code is not None
+    return code
 
 
 def failed_score(error: str) -> float:

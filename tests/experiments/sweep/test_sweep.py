@@ -51,6 +51,7 @@ def test_failing_jobs_are_told_once_and_take_no_other_down(swept: Path) -> None:
     assert output.count("Error: Dataset synthetic has folds 0 to 3, not 9") == 2
     assert "Traceback" not in output
     assert "2 finished, 2 failed of 4 runs" in output
+    assert output.count("of 4 runs") == 1, "a job reported on its sweep"
     assert "folds 0 to 3" in read_json(swept / "2-synthetic-small-fold9-shot1" / "failure.json")["error"]
 
 

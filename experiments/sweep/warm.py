@@ -1,0 +1,60 @@
+"""Jobs that start at once: forks of a process that has imported everything.
+
+PyTorch, torchvision and Lightning take 5 to 10 seconds to import, longer than a short test. A fork has them; in all
+else it runs `run.py` as a new process would, with arguments, environment and output of its own.
+"""
+
+import atexit
+import os
+import runpy
+import sys
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import IO, Any
+
+from hydra.core.global_hydra import GlobalHydra
+
+RUN = Path(__file__).parents[2] / "run.py"
+
+
+class Fork(ForkProcess):
+    """`python run.py <arguments>` in a fork of this process; `start()` begins it.
+
+    This process must have computed nothing on several threads and nothing on a GPU: OpenMP's threads and CUDA do not
+    come along, and the fork would wait for them or fail.
+
+    Args:
+        arguments: of the command line, without the program.
+        env: the whole environment. What a library reads when it is imported, such as OMP_NUM_THREADS, stays as it was.
+        output: a file for what the job prints; None: where this process prints.
+    """
+
+    def __init__(self, arguments: list[str], env: dict[str, str], output: IO[Any] | None) -> None:
+        super().__init__()
+        self.arguments, self.env, self.output = arguments, env, output
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Waits for its end, as `subprocess.Popen` does; None if it runs on after `timeout` seconds."""
+        self.join(timeout)
+        return self.exitcode
+
+    def run(self) -> None:
+        if self.output is not None:
+            os.dup2(self.output.fileno(), 1)
+            os.dup2(self.output.fileno(), 2)
+        become(self.arguments, self.env)
+
+
+def become(arguments: list[str], env: dict[str, str]) -> None:
+    """Does in this process, a fork, what `python run.py <arguments>` does; ends with its exit code, as SystemExit."""
+    os.environ.clear()
+    os.environ.update(env)
+    GlobalHydra.instance().clear()
+    sys.argv = [str(RUN), *arguments]
+    try:
+        runpy.run_path(str(RUN), run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()  # a fork ends without them
