@@ -79,7 +79,7 @@ def test_experiments_leave_the_command_line_the_last_word(experiment):
     assert cfg.seed == 9
 
 
-def test_drawn_images_follow_the_image_size():
+def test_synthetic_images_follow_the_image_size():
     assert compose("config", ["dataset=synthetic"]).dataset.size == 128
     assert compose("config", ["dataset=synthetic", "episodes.image_size=64"]).dataset.size == 64
 
