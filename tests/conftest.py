@@ -27,8 +27,10 @@ LONGEST = ("test_slurm.py", "test_sweep.py", "test_run.py", "test_tables.py", "t
 
 CACHE = tempfile.TemporaryDirectory(prefix="pmnet-cache-")  # no test may use another's
 os.environ["PMNET_CACHE"] = CACHE.name
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the server below, and thus every run, reads it
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["experiments.run.job"])
+SERVER.set_forkserver_preload(["tests.preload"])
+SET_BY_IMPORTS = ("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the programs that tests start would ignore it
 
 
@@ -84,7 +86,7 @@ def become_run(words: list[str], environment: dict[str, str], printed: list[Path
     for number, path in enumerate(printed, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(ROOT)
-    become(words, environment)
+    become(words, {name: os.environ[name] for name in SET_BY_IMPORTS if name in os.environ} | environment)
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

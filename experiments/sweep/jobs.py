@@ -35,6 +35,7 @@ from experiments.sweep.warm import RUN, Fork
 log = logging.getLogger(__name__)
 PARENT = "PMNET_PARENT"  # variable of the environment: the process that started this one
 PATIENCE = 8.0  # seconds for a job to end: a little more than it gives itself
+HEARD = 0.25  # seconds for a job to take a Ctrl-C, which the terminal sends to it too, before it is asked again
 
 
 class Sweep(Callback):
@@ -166,15 +167,17 @@ def started(
 def exit_code(job: subprocess.Popen[bytes] | Fork) -> int:
     """Waits for a job; when the sweep is interrupted, the job gets the time to end in order."""
     try:
-        code = job.wait()
+        return job.wait() or 0
     except BaseException:
-        job.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            job.wait(PATIENCE)
-        job.kill()
+        try:
+            for end, seconds in ((lambda: None, HEARD), (job.terminate, PATIENCE)):
+                end()
+                with suppress(subprocess.TimeoutExpired):
+                    job.wait(seconds)
+        finally:
+            job.kill()
+            job.wait()
         raise
-    assert code is not None
-    return code
 
 
 def failed_score(error: str) -> float:

@@ -1,13 +1,16 @@
 """Jobs that start at once: forks of a process that has imported everything.
 
-PyTorch, torchvision and Lightning take 5 to 10 seconds to import, longer than a short test. A fork has them; in all
-else it runs `run.py` as a new process would, with arguments, environment and output of its own.
+PyTorch, torchvision and Lightning take 5 to 10 seconds to import, longer than a short test. A fork has them, and runs
+`run.py` with arguments, environment and output of its own. It differs from a new process in this: the system's lists of
+processes show the command of the process that it is a fork of, and it has no standard input.
 """
 
 import atexit
+import multiprocessing
 import os
 import runpy
 import sys
+import weakref
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import IO, Any
@@ -34,7 +37,11 @@ class Fork(ForkProcess):
         self.arguments, self.env, self.output = arguments, env, output
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Waits for its end, as `subprocess.Popen` does; None if it runs on after `timeout` seconds."""
+        """Waits for its end, as `subprocess.Popen` does.
+
+        Returns:
+            Its exit code; None if it runs on after `timeout` seconds, or if this process ignores SIGCHLD.
+        """
         self.join(timeout)
         return self.exitcode
 
@@ -47,6 +54,10 @@ class Fork(ForkProcess):
 
 def become(arguments: list[str], env: dict[str, str]) -> None:
     """Does in this process, a fork, what `python run.py <arguments>` does; ends with its exit code, as SystemExit."""
+    atexit._clear()  # what the other process has registered is its own to clean up
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    multiprocessing.set_start_method(None, force=True)  # loaders start their workers as elsewhere
     os.environ.clear()
     os.environ.update(env)
     GlobalHydra.instance().clear()
@@ -57,4 +68,4 @@ def become(arguments: list[str], env: dict[str, str]) -> None:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:
-        atexit._run_exitfuncs()  # a fork ends without them
+        atexit._run_exitfuncs()  # before Python 3.13, a fork ends without them

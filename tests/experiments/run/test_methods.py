@@ -146,7 +146,7 @@ def test_bfloat16_on_a_processor_without_it_is_warned_about(
 
 @pytest.mark.parametrize("mode", [["mode=test"], ["trainer.max_epochs=1"]])
 def test_classes_that_the_shipped_head_has_seen_are_named(tmp_path: Path, mode: list[str]) -> None:
-    """Its file says what it was trained on: the synthetic classes of all folds but the first. Fine-tuning adds to that."""
+    """Its file says what it was trained on: the synthetic classes of folds 1 to 3. Fine-tuning adds to that."""
     lite = ["model=pmnet_lite", "backbone=efficientnet_lite0", "backbone.weights=imagenet", "ckpt=pmnet_lite"]
     for fold, seen in ((0, []), (1, ["gridded disc", "honeycombed star"])):
         record = run_here(tmp_path / str(fold), *lite, *mode, f"fold={fold}")

@@ -208,6 +208,27 @@ def test_jobs_end_with_the_sweep_that_started_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ctrl_c_ends_the_job_and_the_sweep_in_order(tmp_path: Path) -> None:
+    """The terminal sends it to both."""
+    setting = [*SETTING, "trainer.max_epochs=1000", f"hydra.sweep.dir={tmp_path}"]
+    process = subprocess.Popen(
+        command("-m", *setting), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("*/checkpoints/last.ckpt")) and time.time() < deadline:
+        time.sleep(0.05)
+    child = child_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert not Path(f"/proc/{child}").exists()
+    assert "Traceback" not in output
+    assert "race condition" not in output
+    assert output.rstrip().endswith("it takes over the finished trainings.")
+
+
+@pytest.mark.slow
 def test_job_whose_sweep_was_killed_before_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it imports, it has not yet asked the kernel to end it with its parent."""
     monkeypatch.setenv("PMNET_PARENT", "1")
