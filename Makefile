@@ -21,10 +21,10 @@ demo: install  ## a page in the browser: paint an object in one photo, find it i
 	@$(BIN)/pmnet serve
 
 test: install  ## all tests, the slow ones too; one test file per core at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n auto --maxprocesses 4 --dist loadfile --durations 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 30
 
 quick: install  ## the fast tests alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: install  ## speed beside the bare backbone and a plain implementation; import and start-up times; some minutes. model=hsnet: that method alone
 ifeq ($(origin model),command line)

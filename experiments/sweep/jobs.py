@@ -167,13 +167,14 @@ def started(
 def exit_code(job: subprocess.Popen[bytes] | Fork) -> int:
     """Waits for a job; when the sweep is interrupted, the job gets the time to end in order."""
     try:
-        return job.wait() or 0
+        return job.wait()
     except BaseException:
         try:
-            for end, seconds in ((lambda: None, HEARD), (job.terminate, PATIENCE)):
-                end()
-                with suppress(subprocess.TimeoutExpired):
-                    job.wait(seconds)
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(HEARD)
+            job.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(PATIENCE)
         finally:
             job.kill()
             job.wait()

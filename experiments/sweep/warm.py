@@ -13,6 +13,7 @@ import sys
 import weakref
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import IO, Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -36,14 +37,16 @@ class Fork(ForkProcess):
         super().__init__()
         self.arguments, self.env, self.output = arguments, env, output
 
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Waits for its end, as `subprocess.Popen` does.
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for its end and returns its exit code, 0 if this process ignores SIGCHLD, as `subprocess.Popen` does.
 
-        Returns:
-            Its exit code; None if it runs on after `timeout` seconds, or if this process ignores SIGCHLD.
+        Raises:
+            TimeoutExpired: it runs on after `timeout` seconds.
         """
         self.join(timeout)
-        return self.exitcode
+        if timeout is not None and self.is_alive():
+            raise TimeoutExpired(self.arguments, timeout)
+        return self.exitcode or 0
 
     def run(self) -> None:
         if self.output is not None:
