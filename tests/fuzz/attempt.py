@@ -91,10 +91,10 @@ def attempt(name: str, content: bytes, watch: Watch) -> Outcome:
     seconds, memory = time.process_time() - start, peak() - before
     if watch.seen:
         return Outcome("failed", f"escape: {watch.seen[0]}")
+    if memory > MEMORY:  # named first, as filling memory takes time too: on a slow machine, more than a hang
+        return Outcome("failed", f"memory: {memory / 1e6:,.0f} MB ({outcome.kind})")
     if seconds > SECONDS:
         return Outcome("failed", f"hang: {seconds:.1f} s of processor time ({outcome.kind})")
-    if memory > MEMORY:
-        return Outcome("failed", f"memory: {memory / 1e6:,.0f} MB ({outcome.kind})")
     return outcome
 
 
