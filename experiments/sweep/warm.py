@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
 import weakref
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -70,5 +71,6 @@ def become(arguments: list[str], env: dict[str, str]) -> None:
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
-    finally:
-        atexit._run_exitfuncs()  # before Python 3.13, a fork ends without them
+    finally:  # the end of a process, in its order; a fork would wait for pools of processes before it ended them
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
