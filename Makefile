@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN = .venv/bin
+OPTIONS = $(filter --%,$(MAKECMDGOALS))  # after `--`: make bench -- --curves
 
 # The environment; set up again when its requirements change.
 .venv/ready: pyproject.toml constraints.txt
@@ -28,9 +29,9 @@ quick: install  ## the fast tests alone
 
 bench: install  ## speed beside the bare backbone and a plain implementation; import and start-up times; some minutes. model=hsnet: that method alone
 ifeq ($(origin model),command line)
-	$(BIN)/python -m experiments.bench model=$(model) $(if $(backbone),backbone=$(backbone)) $(ARGS)
+	$(BIN)/python -m experiments.bench model=$(model) $(if $(backbone),backbone=$(backbone)) $(OPTIONS) $(ARGS)
 else
-	$(BIN)/python -m experiments.bench $(ARGS)
+	$(BIN)/python -m experiments.bench $(OPTIONS) $(ARGS)
 	$(BIN)/python -m experiments.startup
 endif
 
@@ -46,6 +47,8 @@ audit: install  ## known vulnerabilities of the tested versions, where the datab
 docs: install  ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "To read it: $(BIN)/python -m http.server -d site, then http://localhost:8000"
+
+--%: ;@:
 
 check: install  ## lint, format, types
 	$(BIN)/ruff check .
