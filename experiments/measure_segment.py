@@ -16,6 +16,7 @@ import torch
 
 from datamodules.progress import track
 from pmnet.segment import Box, Points, Segmenter
+from pmnet.segment.compare import compare
 from pmnet.segment.formats import Annotated, read_folder
 from pmnet.segment.images import IGNORE
 from pmnet.segment.marks import Mark
@@ -141,6 +142,18 @@ def of_marks(task: Task, head: str, dice: random.Random) -> Iterator[dict[str, f
         yield ious
 
 
+# Heads
+
+
+def of_heads(task: Task, shots: int) -> dict[str, float]:
+    """By head, the IoU over the photos that show the class; and of the head that `pmnet compare` names."""
+    examples = [(each.pixels(), mask_of(each, task.value)) for each in task.examples[:shots]]
+    scores = compare({"object": examples})
+    ious = {head: iou(segmented(task._replace(without=[]), head, shots, 0, False), gate=False) for head in scores}
+    best = max(scores, key=lambda head: scores[head]["object"])
+    return ious | {"chosen by compare": ious[best]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of images with masks")
@@ -163,6 +176,10 @@ def main() -> None:
     ious = [one for task in track(chosen, "Marking") for one in of_marks(task, options.head, dice)]
     for kind in ious[0]:
         print(f"| {kind} | {np.mean([one[kind] for one in ious]):.2f} |")
+    print(f"\n| head, {max(SHOTS)} examples | mIoU with |\n| --- | --- |")
+    ious = [of_heads(task, max(SHOTS)) for task in track(chosen, "Comparing heads")]
+    for head in ious[0]:
+        print(f"| {head} | {100 * np.mean([one[head] for one in ious]):.1f} |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 from pmnet.errors import PMNetError
 from pmnet.version import VERSION
 
-COMMANDS = ("segment", "export", "serve")
+COMMANDS = ("segment", "compare", "export", "serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -58,7 +58,7 @@ def test_measures_are_those_of_plain_loops(seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_command_prints_both_tables(
+def test_command_prints_its_tables(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure_segment, "SETTINGS", [(1, 0, False)])
@@ -69,3 +69,6 @@ def test_command_prints_both_tables(
     assert printed.startswith("a; 2 photos with and without each")
     assert "| 1 | 0 | squeezed |" in printed
     assert "| box |" in printed
+    *heads, chosen = (line.split("|")[2] for line in printed.split("| head, 3 examples")[1].splitlines()[2:])
+    assert len(heads) == 3
+    assert chosen in heads
