@@ -2,7 +2,7 @@
 
 DATA is a folder of images with masks, in any format of docs/own-images.md. Of each class, some photos are examples, and
 others, half of which show none of the class, are segmented. The IoU of a class adds up the pixels of all its photos;
-mIoU is the mean over the classes. All draws follow from --seed.
+mIoU is the mean over the classes. The last table compares heads. All draws follow from --seed.
 """
 
 import argparse
