@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN = .venv/bin
-OPTIONS = $(filter --%,$(MAKECMDGOALS))  # after `--`: make bench -- --curves
+CURVES = $(filter --curves,$(MAKECMDGOALS))
 
 # The environment; set up again when its requirements change.
 .venv/ready: pyproject.toml constraints.txt
@@ -29,9 +29,9 @@ quick: install  ## the fast tests alone
 
 bench: install  ## speed beside the bare backbone and a plain implementation; import and start-up times; some minutes. model=hsnet: that method alone
 ifeq ($(origin model),command line)
-	$(BIN)/python -m experiments.bench model=$(model) $(if $(backbone),backbone=$(backbone)) $(OPTIONS) $(ARGS)
+	$(BIN)/python -m experiments.bench model=$(model) $(if $(backbone),backbone=$(backbone)) $(ARGS)
 else
-	$(BIN)/python -m experiments.bench $(OPTIONS) $(ARGS)
+	$(BIN)/python -m experiments.bench $(CURVES) $(ARGS)
 	$(BIN)/python -m experiments.startup
 endif
 
@@ -48,11 +48,12 @@ docs: install  ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "To read it: $(BIN)/python -m http.server -d site, then http://localhost:8000"
 
---%: ;@:
+--curves: bench  ## make bench -- --curves: speed over shots, image sizes, classes and batches, too
+	@:
 
 check: install  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: install run demo test quick bench faults fuzz audit docs check
+.PHONY: install run demo test quick bench --curves faults fuzz audit docs check

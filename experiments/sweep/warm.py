@@ -71,6 +71,8 @@ def become(arguments: list[str], env: dict[str, str]) -> None:
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
-    finally:  # the end of a process, in its order; a fork would wait for pools of processes before it ended them
+    finally:
+        # As at the end of any process: `_shutdown` first tells executors to end their workers, then an exit function
+        # waits for child processes. A fork does only the second, and would wait for workers that nobody has told.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

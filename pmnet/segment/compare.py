@@ -1,4 +1,4 @@
-"""Which head suits one's own examples? Each example is segmented by the others of its class."""
+"""Which head suits your examples? Each example is segmented by the others of its class."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,8 @@ import torch
 from tqdm import tqdm
 
 from pmnet.errors import SettingError
-from pmnet.segment.presence import left_out
+from pmnet.segment.images import IGNORE, as_image, as_mask
+from pmnet.segment.marks import Mark
 from pmnet.segment.recipe import DEFAULT, FLOORS
 from pmnet.segment.segmenter import Example, Segmenter
 
@@ -23,19 +24,22 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Scores heads by leave-one-out on examples. Nothing is trained.
 
+    Each example is segmented as `Segmenter.predict` with `gate=False` does, by the others of its class, and each class
+    by itself.
+
     Args:
-        supports: class -> pairs of an image and its mask, as `Segmenter.fit` takes them. A class with one pair is left
-            out, as nothing could segment it.
+        supports: class -> pairs of an image and its mask, as `Segmenter.fit` takes them, but without marks. A class
+            with one pair is left out, as nothing could segment it.
         heads: as `Segmenter.load` takes them.
         device: see `Segmenter`.
         keep_aspect: see `Segmenter`.
 
     Returns:
-        Head -> class -> IoU in 0..1 over the pixels of its first 8 examples, at the network's size. Each class is
-        segmented by itself, whatever its presence score.
+        Head -> class -> IoU in 0..1 over the pixels of its first 8 examples; pixels marked 255 do not count.
 
     Raises:
-        SettingError: no class has two examples; or see `Segmenter.load` and `fit`.
+        SettingError: no class has two examples, a mask is a mark; or see `Segmenter.load` and `fit`.
+        WeightsError, CheckpointError: see `Segmenter.load`.
         ImageError: a file cannot be read.
 
     Example:
@@ -47,26 +51,31 @@ def compare(
     several = {name: pairs for name, pairs in supports.items() if len(pairs) > 1}
     if not several:
         raise SettingError("To compare heads, give at least two examples of a class: each is segmented by the others.")
-    found: dict[str, dict[str, float]] = {}
-    work = tqdm(total=len(heads) * len(several), unit="class", disable=None, leave=False)
-    with work:
-        for head in heads:
-            segmenter = Segmenter.load(head, device, keep_aspect)
-            found[str(head)] = {}
-            for name, pairs in several.items():
-                found[str(head)][name] = crossed(segmenter, name, pairs)
-                work.update()
+    segmenters = {str(head): Segmenter.load(head, device, keep_aspect) for head in heads}
+    found: dict[str, dict[str, float]] = {head: {} for head in segmenters}
+    photos = sum(min(len(pairs), MOST) for pairs in several.values())
+    with tqdm(total=photos * len(segmenters), unit="photo", disable=None, leave=False) as bar:
+        for name, pairs in several.items():
+            for head, segmenter in segmenters.items():
+                both = either = 0
+                for k in range(min(len(pairs), MOST)):
+                    counts = left_out(segmenter, name, pairs, k)
+                    both, either = both + counts[0], either + counts[1]
+                    bar.update()
+                found[head][name] = both / max(either, 1)
     return found
 
 
 @torch.no_grad()
-def crossed(segmenter: Segmenter, name: str, pairs: Sequence[Example]) -> float:
-    """The IoU of one class over its examples, each segmented by the others."""
-    shown, both, either = segmenter.read(name, pairs, ()), 0, 0
-    for k in range(min(len(pairs), MOST)):
-        rest = left_out(segmenter, shown, k)
-        mask_HW = segmenter.score(segmenter.features(shown.images[k]), rest.seen).cpu() > 0.5
-        true_HW = shown.masks[k] == 1
-        both += int((mask_HW & true_HW).sum())
-        either += int((mask_HW | true_HW).sum())
-    return both / either
+def left_out(segmenter: Segmenter, name: str, pairs: Sequence[Example], k: int) -> tuple[int, int]:
+    """The pixels of intersection and union in the k-th example, segmented by the others."""
+    image_of, mask_of = pairs[k]
+    if isinstance(mask_of, Mark):
+        raise SettingError(f"To compare heads, give masks of {name!r}, not boxes, points or scribbles.")
+    others = segmenter.read(name, [pairs[i] for i in range(len(pairs)) if i != k], ())
+    segmenter.see(others)
+    segmenter.shown = {name: others}
+    image = as_image(image_of)
+    mask_HW = as_mask(mask_of, (image.shape[-2], image.shape[-1])).numpy()
+    found_HW, true_HW = segmenter.predict(image, gate=False).mask == 1, mask_HW == 1
+    return int((found_HW & true_HW).sum()), int(((found_HW | true_HW) & (mask_HW != IGNORE)).sum())

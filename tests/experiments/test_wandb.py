@@ -126,9 +126,11 @@ def test_summary_has_the_baselines_even_if_nothing_was_trained(tmp_path: Path) -
     record = {"setting": {}, "test": scores, "baselines": baselines, "training": {}, "checkpoint": {}}
     (tmp_path / "results.json").write_text(json.dumps(record))
     logger = WandbLogger(str(tmp_path), offline=True, checkpoint=True, project="pmnet")
-    logger.log_results(record, tmp_path)
-    finish(0)
-    wandb.teardown()  # the file is complete only now; and programs that later tests start would use its service
+    try:
+        logger.log_results(record, tmp_path)
+        finish(0)
+    finally:
+        wandb.teardown()  # only now the file is complete; and programs that later tests start would use this service
     assert not logger.failed
     (run,) = runs_in(tmp_path)
     logged = {name: value for name, value in run.summary.items() if name.startswith("test/")}

@@ -6,23 +6,45 @@ import pytest
 from PIL import Image
 
 from pmnet.errors import SettingError
-from pmnet.segment.compare import compare, crossed
+from pmnet.segment import compare as module
+from pmnet.segment.compare import compare
+from pmnet.segment.marks import Box
 from pmnet.segment.segmenter import Segmenter
 from tests.pmnet.segment.test_folder import command
 from tests.pmnet.segment.test_segmenter import HSNET, PMNET, PROTOTYPE, made, picture, write
 
 
 @pytest.mark.parametrize("model", [PMNET, PROTOTYPE, HSNET], ids=["pmnet", "prototype", "hsnet"])
-def test_score_is_that_of_predictions_by_the_other_examples(model: dict) -> None:
+def test_score_is_that_of_predictions_by_the_other_examples(
+    model: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = made(model)
-    pairs = [picture(seed, 64, 64) for seed in range(4)]
-    both = either = 0
-    for k, (image, mask) in enumerate(pairs):
-        segmenter = Segmenter(built, "cpu").fit(pairs[:k] + pairs[k + 1 :])
-        found = segmenter.predict(image, tile=None, gate=False).mask == 1
-        both += (found & (mask.numpy() == 1)).sum()
-        either += (found | (mask.numpy() == 1)).sum()
-    assert crossed(Segmenter(built, "cpu"), "object", pairs) == both / either
+    monkeypatch.setattr(Segmenter, "load", lambda head, device, keep_aspect: Segmenter(built, "cpu", keep_aspect))
+    pairs = [picture(seed) for seed in range(4)]
+    for _, mask in pairs:
+        mask[:10] = 255  # to be ignored
+    for keep_aspect in (False, True):
+        both = either = 0
+        for k, (image, mask) in enumerate(pairs):
+            segmenter = Segmenter(built, "cpu", keep_aspect).fit(pairs[:k] + pairs[k + 1 :])
+            found = segmenter.predict(image, tile=None, gate=False).mask[10:] == 1
+            true = mask.numpy()[10:] == 1
+            both, either = both + (found & true).sum(), either + (found | true).sum()
+        got = compare({"object": pairs}, ["any"], "cpu", keep_aspect)
+        assert got == {"any": {"object": both / either}}
+
+
+def test_first_eight_are_segmented_by_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(module, "left_out", lambda segmenter, name, pairs, k: asked.append((len(pairs), k)) or (1, 2))
+    assert compare({"cat": [picture(0)] * 11}, ["prototype"], "cpu") == {"prototype": {"cat": 0.5}}
+    assert asked == [(11, k) for k in range(8)]
+
+
+def test_mark_is_refused() -> None:
+    image, mask = picture(0)
+    with pytest.raises(SettingError, match="give masks of 'cat', not boxes"):
+        compare({"cat": [(image, Box(2, 2, 30, 30)), (image, mask)]}, ["prototype"], "cpu")
 
 
 def test_class_with_one_example_is_left_out() -> None:
@@ -44,12 +66,15 @@ def folder(root: Path) -> Path:
 
 @pytest.mark.slow
 def test_command_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    examples = folder(tmp_path / "examples")
+    examples = folder(tmp_path / "my examples")
     assert command("compare", "--support", examples, "--device", "cpu") == 0
     output = capsys.readouterr().out
-    lines = {line.split()[0]: line.split() for line in output.splitlines() if line}
-    scores = {head: float(lines[head][1]) for head in ("pmnet_lite", "prototype", "nearest")}
-    assert f"Best: {max(scores, key=scores.get)}. Use it: pmnet segment --head" in output
+    names, scores = (
+        next(line.split() for line in output.splitlines() if line.startswith(x)) for x in ("class", "mean")
+    )
+    best = max(zip(names[2:], map(float, scores[1:]), strict=True), key=lambda pair: pair[1])[0]
+    assert names[2:] == ["pmnet_lite", "prototype", "nearest"]
+    assert f"pmnet segment --head {best} --support '{examples}' --images" in output
     assert "Left out, as they have one example: cow." in output
     for words, message in ((("--heads", "cow"), "no file, folder or method 'cow'"), (("--support", "x"), "no folder")):
         assert command("compare", "--support", examples, *words) == 1
