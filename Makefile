@@ -29,7 +29,7 @@ quick: install  ## the fast tests alone
 
 bench: install  ## speed beside the bare backbone and a plain implementation; import and start-up times; some minutes. model=hsnet: that method alone
 ifeq ($(origin model),command line)
-	$(BIN)/python -m experiments.bench model=$(model) $(if $(backbone),backbone=$(backbone)) $(ARGS)
+	$(BIN)/python -m experiments.bench model=$(model) $(if $(backbone),backbone=$(backbone)) $(CURVES) $(ARGS)
 else
 	$(BIN)/python -m experiments.bench $(CURVES) $(ARGS)
 	$(BIN)/python -m experiments.startup

@@ -426,12 +426,16 @@ def main() -> None:
 
     if arguments.device != "cpu" and not torch.accelerator.is_available():
         parser.error(f"--device {arguments.device}: PyTorch finds no such device. Use --device cpu.")
+    if arguments.settings and arguments.curves:
+        parser.error("--curves times PMNet: leave out model=... and other settings.")
     console, device, rounds = Console(), arguments.device, arguments.rounds
     if not console.is_terminal:
         console.width = WIDTH
     if arguments.settings:
         title, rows = of_method(arguments.settings, device, rounds)
         console.print(shown(f"{title}, {machine(device)}", METHOD_HEADERS, rows))
+        if arguments.against:
+            console.print(f"{arguments.against}: {against(arguments.against, rounds, console):.2f} s")
         return
     record: dict[str, Any] = {
         "machine": machine(device),

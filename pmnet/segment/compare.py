@@ -59,7 +59,7 @@ def compare(
             for head, segmenter in segmenters.items():
                 both = either = 0
                 for k in range(min(len(pairs), MOST)):
-                    counts = left_out(segmenter, name, pairs, k)
+                    counts = overlap(segmenter, name, pairs, k)
                     both, either = both + counts[0], either + counts[1]
                     bar.update()
                 found[head][name] = both / max(either, 1)
@@ -67,7 +67,7 @@ def compare(
 
 
 @torch.no_grad()
-def left_out(segmenter: Segmenter, name: str, pairs: Sequence[Example], k: int) -> tuple[int, int]:
+def overlap(segmenter: Segmenter, name: str, pairs: Sequence[Example], k: int) -> tuple[int, int]:
     """The pixels of intersection and union in the k-th example, segmented by the others."""
     image_of, mask_of = pairs[k]
     if isinstance(mask_of, Mark):

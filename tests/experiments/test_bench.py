@@ -59,3 +59,19 @@ def test_any_method_is_timed_beside_its_backbone(model: str) -> None:
     for row in rows:
         assert len(row) == len(bench.METHOD_HEADERS)
         assert float(row[2]) >= float(row[1])
+
+
+def test_other_program_is_timed_beside_a_method_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "of_method", lambda settings, device, rounds: ("HSNet", []))
+    monkeypatch.setattr(sys, "argv", ["bench", "model=hsnet", "--against", f"{sys.executable} -c 'print(0.25)'"])
+    bench.main()
+    assert capsys.readouterr().out.rstrip().endswith(": 0.25 s")
+
+
+def test_curves_are_those_of_pmnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "model=hsnet", "--curves"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "--curves times PMNet: leave out model=" in capsys.readouterr().err

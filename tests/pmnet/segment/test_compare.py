@@ -15,9 +15,7 @@ from tests.pmnet.segment.test_segmenter import HSNET, PMNET, PROTOTYPE, made, pi
 
 
 @pytest.mark.parametrize("model", [PMNET, PROTOTYPE, HSNET], ids=["pmnet", "prototype", "hsnet"])
-def test_score_is_that_of_predictions_by_the_other_examples(
-    model: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_score_is_that_of_predictions_by_the_other_examples(model: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     built = made(model)
     monkeypatch.setattr(Segmenter, "load", lambda head, device, keep_aspect: Segmenter(built, "cpu", keep_aspect))
     pairs = [picture(seed) for seed in range(4)]
@@ -36,7 +34,7 @@ def test_score_is_that_of_predictions_by_the_other_examples(
 
 def test_first_eight_are_segmented_by_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(module, "left_out", lambda segmenter, name, pairs, k: asked.append((len(pairs), k)) or (1, 2))
+    monkeypatch.setattr(module, "overlap", lambda segmenter, name, pairs, k: asked.append((len(pairs), k)) or (1, 2))
     assert compare({"cat": [picture(0)] * 11}, ["prototype"], "cpu") == {"prototype": {"cat": 0.5}}
     assert asked == [(11, k) for k in range(8)]
 
