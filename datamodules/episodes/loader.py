@@ -4,7 +4,9 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -12,12 +14,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from datamodules.episodes.episode import Episode
 from datamodules.errors import DatasetError
-
-TIMED_OUT = "DataLoader timed out"
-POLL = 5.0  # seconds of waiting for a batch after which torch looks whether a worker is dead
 
 
 class EpisodeLoader(DataLoader[Any]):
@@ -35,35 +36,78 @@ class EpisodeLoader(DataLoader[Any]):
 
     def __init__(self, dataset: Dataset[Any], patience: float = 300, **options: Any) -> None:
         self.patience = patience
-        super().__init__(dataset, timeout=min(POLL, patience) if options.get("num_workers") else 0, **options)
+        super().__init__(dataset, **options)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Raises DatasetError if the workers are stuck; torch raises RuntimeError if one of them is dead."""
-        if self.num_workers and torch.distributed.is_available() and torch.distributed.is_initialized():
+    def _get_iterator(self) -> Any:
+        if not self.num_workers:
+            return super()._get_iterator()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             time.sleep(0.2)
-        batches, waited = super().__iter__(), 0.0
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if TIMED_OUT not in str(error):
-                    raise
-                waited += self.timeout  # not by a clock: time goes on while the whole run is suspended
-                if waited < self.patience:
-                    continue
+        return PatientIterator(self)
+
+
+class PatientIterator(_MultiProcessingDataLoaderIter):
+    """Kills the workers once they have kept the main process waiting for longer than the loader's patience.
+
+    A time limit within torch is not enough: the memory of a batch that was announced is asked of its worker, and the
+    main process waits forever if that is frozen.
+    """
+
+    def __init__(self, loader: EpisodeLoader) -> None:
+        self.patience, self.stuck = loader.patience, False
+        self.requests, self.waiting, self.over = 0, False, threading.Event()
+        super().__init__(loader)
+        threading.Thread(target=watch, args=(weakref.ref(self), self.over, self.patience), daemon=True).start()
+
+    def _get_data(self) -> Any:
+        """Raises DatasetError if the workers are stuck and RuntimeError if one of them is dead."""
+        self.requests += 1
+        self.waiting = True
+        try:
+            return super()._get_data()
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            if self.stuck:
                 raise DatasetError(
-                    f"The {self.num_workers} workers that read images have not answered for {waited:.0f} s: they are "
-                    "stuck, or a disk is. Run the same command again to resume. If they are only slow, set "
+                    f"The {self._num_workers} workers that read images have not answered for {self.patience:.0f} s: "
+                    "they are stuck, or a disk is. Run the same command again to resume. If they are only slow, set "
                     "episodes.timeout=3000; episodes.workers=0 reads in the main process."
                 ) from error
-            except (ConnectionError, EOFError, FileNotFoundError) as error:
-                if "Caught" in str(error):  # torch's word for an error of the dataset itself
-                    raise
-                raise RuntimeError("A worker exited unexpectedly while it handed over a batch.") from error
-            waited = 0.0
-            yield batch
+            if isinstance(error, RuntimeError):
+                raise
+            raise RuntimeError("A worker exited unexpectedly while it handed over a batch.") from error
+        finally:
+            self.waiting = False
+
+    def give_up(self) -> None:
+        """Kills the workers; without the signals of their deaths, which could interrupt the message."""
+        self.stuck = True
+        if self._worker_pids_set:
+            self._worker_pids_set = False
+            signal_handling._remove_worker_pids(id(self))
+        for worker in self._workers:
+            worker.kill()
+
+    def _shutdown_workers(self) -> None:
+        self.over.set()
+        super()._shutdown_workers()
+
+
+def watch(batches: "weakref.ref[PatientIterator]", over: threading.Event, patience: float) -> None:
+    """Gives up on workers that are stuck; ends with the iterator, which it does not keep alive.
+
+    It counts moments, not the time of a clock, which goes on while the whole run is suspended.
+    """
+    moment, waited, before = min(1.0, patience / 4), 0.0, 0
+    while not over.wait(moment):
+        iterator = batches()
+        if iterator is None:
+            return
+        waited = waited + moment if iterator.waiting and iterator.requests == before else 0.0
+        before = iterator.requests
+        if waited >= patience:
+            iterator.give_up()
+            return
+        del iterator
 
 
 class TrainingLoader(EpisodeLoader):

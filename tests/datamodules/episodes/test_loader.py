@@ -81,12 +81,25 @@ class Late:
 @pytest.mark.slow
 def test_slow_worker_is_waited_for_and_a_stuck_one_is_an_error() -> None:
     assert torch.cat(list(EpisodeLoader(Late(3), patience=4, num_workers=1))).tolist() == [*range(6)]
-    try:
-        with pytest.raises(DatasetError, match=r"The 2 workers that read images have not answered .*episodes\.timeout"):
-            list(EpisodeLoader(Late(math.nan), patience=2, num_workers=2))
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()
+    with pytest.raises(DatasetError, match=r"The 2 workers that read images have not answered .*episodes\.timeout"):
+        list(EpisodeLoader(Late(math.nan), patience=2, num_workers=2))
+
+
+@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_workers_that_are_late_where_a_second_epoch_begins(frozen: bool) -> None:
+    """The first epoch is left while a worker still reads, and has announced batches whose memory it has to give."""
+    patience = 4 if frozen else 20
+    late = EpisodeLoader(Late(7), patience=patience, num_workers=1, persistent_workers=True, prefetch_factor=4)
+    assert next(iter(late)).item() == 0
+    if frozen:
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid or 0, signal.SIGSTOP)
+        with pytest.raises(DatasetError, match="The 1 workers that read images have not answered for 4 s"):
+            iter(late)
+        worker.join(10)
+        assert worker.exitcode == -signal.SIGKILL
+    else:
+        assert torch.cat(list(late)).tolist() == [*range(6)]
 
 
 @dataclass
@@ -102,9 +115,8 @@ class Fatal:
         return i
 
 
-def test_dead_worker_is_an_error_even_if_the_word_of_its_death_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_worker_is_an_error_even_if_the_word_of_its_death_is_lost() -> None:
     """An exception of a signal's handler is lost where Python cannot raise it, as in a destructor."""
-    monkeypatch.setattr("datamodules.episodes.loader.POLL", 0.5)
     batches = iter(EpisodeLoader(Fatal(), patience=60, num_workers=1))
     next(batches)
     before, start = signal.signal(signal.SIGCHLD, signal.SIG_DFL), time.monotonic()
