@@ -66,6 +66,12 @@ def compare(
     return found
 
 
+def means(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Head -> the mean over classes of what `compare` returns, the best head first."""
+    of_head = {head: sum(of_class.values()) / len(of_class) for head, of_class in found.items()}
+    return dict(sorted(of_head.items(), key=lambda pair: -pair[1]))
+
+
 @torch.no_grad()
 def overlap(segmenter: Segmenter, name: str, pairs: Sequence[Example], k: int) -> tuple[int, int]:
     """The pixels of intersection and union in the k-th example, segmented by the others."""

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HELP = "which head suits your examples best: each is segmented by the others"
@@ -20,25 +21,31 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pmnet.segment.compare import HEADS, MOST, compare
+    from pmnet.segment.compare import HEADS
     from pmnet.segment.formats import supports_of
 
-    supports = supports_of(arguments.support)
-    found = compare(supports, arguments.heads or HEADS, arguments.device, arguments.keep_aspect)
-    classes = list(next(iter(found.values())))
-    means = {head: sum(of_class.values()) / len(of_class) for head, of_class in found.items()}
+    heads = arguments.heads or HEADS
+    best = best_head(supports_of(arguments.support), heads, arguments.device, arguments.keep_aspect)
+    if len(heads) > 1:
+        words = ["pmnet", "segment", "--head", best, "--support", str(arguments.support)]
+        print(f"Best mean: {best}. With few examples, a few points mean little. To use it:")
+        print(shlex.join([*words, *(["--keep-aspect"] if arguments.keep_aspect else [])]), "--images ... --out ...")
+    return 0
+
+
+def best_head(supports: Mapping[str, Sequence], heads: Sequence[str | Path], device: str, keep_aspect: bool) -> str:
+    """Prints the table of `compare` and returns the head with the best mean. Raises what `compare` raises."""
+    from pmnet.segment.compare import MOST, compare, means
+
+    found = compare(supports, heads, device, keep_aspect)
+    classes, mean = list(next(iter(found.values()))), means(found)
     width = max(len(name) for name in ["class", *classes])
     print(f"IoU in percent; up to {MOST} examples of a class are each segmented by the others:")
     print("class".ljust(width), "examples", *found, sep="  ")
     for name in classes:
         cells = (f"{100 * found[head][name]:.1f}".rjust(len(head)) for head in found)
         print(name.ljust(width), f"{len(supports[name]):8}", *cells, sep="  ")
-    print("mean".ljust(width), " " * 8, *(f"{100 * means[head]:.1f}".rjust(len(head)) for head in found), sep="  ")
+    print("mean".ljust(width), " " * 8, *(f"{100 * mean[head]:.1f}".rjust(len(head)) for head in found), sep="  ")
     if alone := [name for name in supports if name not in classes]:
         print(f"Left out, as they have one example: {', '.join(alone)}.")
-    if len(means) > 1:
-        best = max(means, key=lambda head: means[head])
-        words = ["pmnet", "segment", "--head", best, "--support", str(arguments.support)]
-        print(f"Best mean: {best}. With few examples, a few points mean little. To use it:")
-        print(shlex.join([*words, *(["--keep-aspect"] if arguments.keep_aspect else [])]), "--images ... --out ...")
-    return 0
+    return next(iter(mean))

@@ -12,6 +12,7 @@ from pmnet.errors import SettingError
 if TYPE_CHECKING:
     from pmnet.segment.segmenter import Segmenter
 
+BEST = "best"
 HELP = "segment the images of a folder by a folder of examples"
 
 
@@ -21,7 +22,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--classes", type=Path, help="a class file that --save wrote, instead of examples")
     parser.add_argument("--images", type=Path, required=True, help="an image, or a folder of images")
     parser.add_argument("--out", type=Path, required=True, help="folder for the masks, overlays and results.csv")
-    parser.add_argument("--head", help="a run's folder, a checkpoint, a .safetensors file, nearest or prototype")
+    parser.add_argument(
+        "--head",
+        help="a run's folder, a checkpoint, a .safetensors file, nearest or prototype; or best, the one of pmnet_lite, "
+        "prototype and nearest that segments the examples best by one another",
+    )
     parser.add_argument("--negatives", type=Path, help="folder of images that show none of the classes")
     parser.add_argument("--tile", default="auto", help="side of the tiles of large images in pixels, auto or none")
     parser.add_argument("--keep-aspect", action="store_true", help="fit images in instead of squeezing them")
@@ -46,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingError(f"There is no image or folder {arguments.images.absolute()}.")
     if arguments.save:
         check_name(arguments.save)
-    source = arguments.classes or arguments.head or DEFAULT
+    head = best(arguments) if arguments.head == BEST else arguments.head
+    source = arguments.classes or head or DEFAULT
     segmenter = Segmenter.load(source, arguments.device, True if arguments.keep_aspect else None)
     if arguments.classes and not segmenter.classes:
         raise SettingError(f"{arguments.classes} holds a head, but no classes: pass it as --head, with --support.")
@@ -59,6 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.coco,
     )  # fmt: skip
     return int(failed > 0)
+
+
+def best(arguments: argparse.Namespace) -> str:
+    """The head that `pmnet compare` names. Raises SettingError if no class has two examples."""
+    from pmnet.segment.commands.compare import best_head
+    from pmnet.segment.compare import HEADS
+    from pmnet.segment.formats import supports_of
+
+    return best_head(supports_of(arguments.support), HEADS, arguments.device, arguments.keep_aspect)
 
 
 def fit(segmenter: "Segmenter", support: Path, negatives: Path | None) -> None:

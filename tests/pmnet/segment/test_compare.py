@@ -62,6 +62,41 @@ def folder(root: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("scores", [(0.2, 0.4, 0.3), (0.4, 0.4, 0.1)])
+def test_segment_takes_the_best_head_and_of_equal_ones_the_first(
+    scores: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples, score_of, loaded = folder(tmp_path / "examples"), dict(zip(module.HEADS, scores, strict=True)), []
+    monkeypatch.setattr(
+        module, "compare", lambda supports, heads, *_: {head: {"cat": score_of[head]} for head in heads}
+    )
+
+    def load(head: str, *_: object) -> Segmenter:
+        loaded.append(head)
+        return Segmenter(made(PROTOTYPE), "cpu")
+
+    monkeypatch.setattr(Segmenter, "load", load)
+    assert (
+        command("segment", "--head", "best", "--support", examples, "--images", examples, "--out", tmp_path / "out")
+        == 0
+    )
+    assert loaded == [max(score_of, key=lambda head: score_of[head])]
+    assert "Left out, as they have one example: cow." in capsys.readouterr().out
+
+
+def test_best_of_single_examples_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = folder(tmp_path / "examples")
+    (examples / "cat" / "1.jpg").unlink()
+    (examples / "cat" / "1.png").unlink()
+    assert (
+        command("segment", "--head", "best", "--support", examples, "--images", examples, "--out", tmp_path / "x") == 1
+    )
+    assert capsys.readouterr().err == (
+        "Error: To compare heads, give at least two examples of a class: each is segmented by the others.\n"
+    )
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow
 def test_command_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     examples = folder(tmp_path / "my examples")
@@ -74,6 +109,23 @@ def test_command_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert names[2:] == ["pmnet_lite", "prototype", "nearest"]
     assert f"pmnet segment --head {best} --support '{examples}' --images" in output
     assert "Left out, as they have one example: cow." in output
+    assert (
+        command(
+            "segment",
+            "--head",
+            "best",
+            "--support",
+            examples,
+            "--images",
+            examples / "cow",
+            "--out",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
+    assert f"negatives: 0; head: {best}." in capsys.readouterr().out
     for words, message in ((("--heads", "cow"), "no file, folder or method 'cow'"), (("--support", "x"), "no folder")):
         assert command("compare", "--support", examples, *words) == 1
         error = capsys.readouterr().err
