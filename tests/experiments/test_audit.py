@@ -258,6 +258,7 @@ def test_blocks_change_nothing(monkeypatch) -> None:
 # The report
 
 
+@pytest.mark.slow
 def test_the_report_says_how_numbers_were_made(tmp_path: Path) -> None:
     root = write_photos(tmp_path / "data")
     folder = write_run(tmp_path / "runs" / "run", root)

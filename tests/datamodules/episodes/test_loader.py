@@ -55,6 +55,7 @@ def fail(tensor: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("unable to allocate shared memory(shm)")
 
 
+@pytest.mark.slow
 def test_worker_that_cannot_deliver_ends_the_epoch_with_its_error(monkeypatch) -> None:
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)  # workers are forked, and so fail too
     loader = EpisodeLoader(episodes(), batch_size=2, num_workers=1, collate_fn=collate, patience=120)
@@ -153,6 +154,7 @@ class Unreadable:
         raise FileNotFoundError(2, "No such file", f"{i}.png")
 
 
+@pytest.mark.slow
 def test_error_of_the_items_is_not_that_of_a_dead_worker() -> None:
     with pytest.raises(FileNotFoundError, match=r"0\.png"):
         list(EpisodeLoader(Unreadable(), num_workers=1))

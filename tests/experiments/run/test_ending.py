@@ -49,6 +49,7 @@ print("ended")
 """
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_at_the_end_are_no_error() -> None:
     """Those whose loader an error still holds: torch hears of their death by a signal, and would raise anywhere."""
     done = subprocess.run([sys.executable, "-c", KILLS], cwd=ROOT, capture_output=True, text=True, check=False)

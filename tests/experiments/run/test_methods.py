@@ -144,6 +144,7 @@ def test_bfloat16_on_a_processor_without_it_is_warned_about(
         assert ("can take 50 times as long" in caplog.text) == warned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [["mode=test"], ["trainer.max_epochs=1"]])
 def test_classes_that_the_shipped_head_has_seen_are_named(tmp_path: Path, mode: list[str]) -> None:
     """Its file says what it was trained on: the synthetic classes of folds 1 to 3. Fine-tuning adds to that."""
