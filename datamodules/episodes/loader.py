@@ -32,9 +32,14 @@ class EpisodeLoader(DataLoader[Any]):
         dataset: the episodes.
         patience: seconds without a batch after which the workers count as stuck.
         options: as of a DataLoader.
+
+    Raises:
+        DatasetError: `patience` is not a positive number.
     """
 
     def __init__(self, dataset: Dataset[Any], patience: float = 300, **options: Any) -> None:
+        if not isinstance(patience, int | float) or not patience > 0:
+            raise DatasetError(f"episodes.timeout must be more than 0 seconds, not {patience}.")
         self.patience = patience
         super().__init__(dataset, **options)
 

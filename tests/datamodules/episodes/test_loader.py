@@ -63,6 +63,12 @@ def test_worker_that_cannot_deliver_ends_the_epoch_with_its_error(monkeypatch) -
         list(loader)
 
 
+@pytest.mark.parametrize("patience", [0, -1, math.nan, "soon"])
+def test_patience_is_a_positive_number_of_seconds(patience: object) -> None:
+    with pytest.raises(DatasetError, match=f"episodes.timeout must be more than 0 seconds, not {patience}"):
+        EpisodeLoader(episodes(), patience=patience)
+
+
 @dataclass
 class Late:
     """Items, one of which keeps its worker for some seconds, or for good (NaN)."""
