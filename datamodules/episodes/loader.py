@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from datamodules.episodes.episode import Episode
 from datamodules.errors import DatasetError
+
+GRACE = 10.0  # seconds that workers have to end after an epoch
 
 
 class EpisodeLoader(DataLoader[Any]):
@@ -83,18 +86,33 @@ class PatientIterator(_MultiProcessingDataLoaderIter):
         finally:
             self.waiting = False
 
+    def _try_get_data(self, *options: Any) -> Any:
+        if self.stuck:  # and still alive: a process that waits for a disk cannot be killed
+            raise RuntimeError("The workers are stuck.")
+        return super()._try_get_data(*options)
+
     def give_up(self) -> None:
         """Kills the workers; without the signals of their deaths, which could interrupt the message."""
-        self.stuck = True
-        if self._worker_pids_set:
-            self._worker_pids_set = False
+        self.stuck, self._worker_pids_set = True, False
+        with suppress(ValueError):  # torch no longer watches them: the epoch is ending
             signal_handling._remove_worker_pids(id(self))
         for worker in self._workers:
             worker.kill()
 
     def _shutdown_workers(self) -> None:
+        """Kills what does not end when asked: torch asks with a signal that a frozen worker, or ours, does not take."""
         self.over.set()
-        super()._shutdown_workers()
+        if getattr(self, "_shutdown", True) or sys.is_finalizing():
+            return super()._shutdown_workers()
+        late = threading.Timer(GRACE, self.give_up)  # for torch's thread that pins memory, which may wait for one
+        late.daemon = True
+        late.start()
+        try:
+            super()._shutdown_workers()
+        finally:
+            late.cancel()
+            for worker in self._workers:
+                worker.kill()
 
 
 def watch(batches: "weakref.ref[PatientIterator]", over: threading.Event, patience: float) -> None:

@@ -87,7 +87,7 @@ class Late:
 
 @pytest.mark.slow
 def test_slow_worker_is_waited_for_and_a_stuck_one_is_an_error() -> None:
-    assert torch.cat(list(EpisodeLoader(Late(3), patience=4, num_workers=1))).tolist() == [*range(6)]
+    assert torch.cat(list(EpisodeLoader(Late(3), patience=20, num_workers=1))).tolist() == [*range(6)]
     with pytest.raises(DatasetError, match=r"The 2 workers that read images have not answered .*episodes\.timeout"):
         list(EpisodeLoader(Late(math.nan), patience=2, num_workers=2))
 
@@ -95,18 +95,40 @@ def test_slow_worker_is_waited_for_and_a_stuck_one_is_an_error() -> None:
 @pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_workers_that_are_late_where_a_second_epoch_begins(frozen: bool) -> None:
     """The first epoch is left while a worker still reads, and has announced batches whose memory it has to give."""
-    patience = 4 if frozen else 20
+    patience = 1 if frozen else 20
     late = EpisodeLoader(Late(7), patience=patience, num_workers=1, persistent_workers=True, prefetch_factor=4)
     assert next(iter(late)).item() == 0
     if frozen:
-        (worker,) = multiprocessing.active_children()
+        (worker,) = late._iterator._workers
+        assert late._iterator._worker_result_queue._reader.poll(10), "a batch is announced"
         os.kill(worker.pid or 0, signal.SIGSTOP)
-        with pytest.raises(DatasetError, match="The 1 workers that read images have not answered for 4 s"):
+        with pytest.raises(DatasetError, match="The 1 workers that read images have not answered for 1 s"):
             iter(late)
         worker.join(10)
         assert worker.exitcode == -signal.SIGKILL
     else:
         assert torch.cat(list(late)).tolist() == [*range(6)]
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_be_killed_are_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that waits for a disk, in the kernel."""
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.kill", lambda worker: None)
+    start = time.monotonic()
+    with pytest.raises(DatasetError, match="have not answered for 2 s"):
+        list(EpisodeLoader(Late(60), patience=2, num_workers=1))
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.slow
+def test_frozen_worker_does_not_outlive_an_epoch_that_is_left() -> None:
+    batches = iter(EpisodeLoader(Late(0), num_workers=1, worker_init_fn=start_worker))
+    next(batches)
+    (worker,) = batches._workers  # type: ignore[attr-defined]
+    os.kill(worker.pid, signal.SIGSTOP)
+    del batches
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 @dataclass
