@@ -193,7 +193,8 @@ def start_worker(worker: int) -> None:
 
     A cluster sends SIGTERM to every process of a job. The workers must keep reading images until the main process has
     saved its checkpoint. If the main process is killed, they end at their next word to it, which is no error of theirs.
-    A worker that cannot send a batch ends, so that the main process notices.
+    A worker that cannot send a batch ends, and so does one without memory for a thread that would: the main process
+    notices.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     main = os.getppid()
@@ -203,7 +204,12 @@ def start_worker(worker: int) -> None:
         if os.getppid() == main:
             sys.__excepthook__(*error)
 
-    sys.excepthook = show
+    def end(ignored: Any) -> None:
+        if issubclass(ignored.exc_type, MemoryError):
+            os._exit(1)
+        sys.__unraisablehook__(ignored)
+
+    sys.excepthook, sys.unraisablehook = show, end
     Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
 
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from experiments.errors import UserError
 from experiments.files import write_json
 from experiments.run import results
-from pmnet.segment.commands.segment import fit, tile_of
+from pmnet.segment.commands.segment import fit, negatives_of, tile_of
 from pmnet.segment.folder import segment_folder
 from pmnet.segment.recipe import DEFAULT
 from pmnet.segment.segmenter import Segmenter
@@ -27,7 +27,7 @@ def predict(cfg: DictConfig, folder: Path) -> float:
             raise UserError(f"predict.{name}: there is no {Path(p[name]).absolute()}.")
     tile = tile_of(str(p.tile))
     segmenter = Segmenter.load(cfg.ckpt or DEFAULT, "auto" if cfg.trainer.accelerator == "auto" else "cpu")
-    fit(segmenter, Path(p.support), Path(p.negatives) if p.negatives else None)
+    fit(segmenter, Path(p.support), negatives_of(Path(p.negatives) if p.negatives else None))
     failed = segment_folder(segmenter, Path(p.images), folder, tile, p.gate)
     write_json(folder / "results.json", {"mode": "predict", **segmenter.described(), **results.origin(cfg)})
     if failed:

@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pmnet.errors import SettingError
+
 HELP = "which head suits your examples best: each is segmented by the others"
 
 
@@ -25,8 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
     from pmnet.segment.formats import supports_of
 
     heads = arguments.heads or HEADS
+    if "best" in heads:
+        raise SettingError("best is a choice of pmnet segment, not a head. A folder of that name is ./best.")
     best = best_head(supports_of(arguments.support), heads, arguments.device, arguments.keep_aspect)
-    if len(heads) > 1:
+    if len(set(heads)) > 1:
         words = ["pmnet", "segment", "--head", best, "--support", str(arguments.support)]
         print(f"Best mean: {best}. With few examples, a few points mean little. To use it:")
         print(shlex.join([*words, *(["--keep-aspect"] if arguments.keep_aspect else [])]), "--images ... --out ...")

@@ -51,13 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingError(f"There is no image or folder {arguments.images.absolute()}.")
     if arguments.save:
         check_name(arguments.save)
+    without = negatives_of(arguments.negatives)
     head = best(arguments) if arguments.head == BEST else arguments.head
     source = arguments.classes or head or DEFAULT
     segmenter = Segmenter.load(source, arguments.device, True if arguments.keep_aspect else None)
     if arguments.classes and not segmenter.classes:
         raise SettingError(f"{arguments.classes} holds a head, but no classes: pass it as --head, with --support.")
     if arguments.support:
-        fit(segmenter, arguments.support, arguments.negatives)
+        fit(segmenter, arguments.support, without)
     if arguments.save:
         segmenter.save(arguments.save)
     failed = segment_folder(
@@ -68,7 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def best(arguments: argparse.Namespace) -> str:
-    """The head that `pmnet compare` names. Raises SettingError if no class has two examples."""
+    """The head that `pmnet compare` names.
+
+    Raises:
+        SettingError: no class has two examples, or an example has a mark instead of a mask.
+    """
     from pmnet.segment.commands.compare import best_head
     from pmnet.segment.compare import HEADS
     from pmnet.segment.formats import supports_of
@@ -76,26 +81,32 @@ def best(arguments: argparse.Namespace) -> str:
     return best_head(supports_of(arguments.support), HEADS, arguments.device, arguments.keep_aspect)
 
 
-def fit(segmenter: "Segmenter", support: Path, negatives: Path | None) -> None:
+def negatives_of(folder: Path | None) -> list[Path]:
+    """The images of a folder; none of None. Raises SettingError if the folder holds no image."""
+    from pmnet.segment.images import image_files
+
+    files = image_files(folder) if folder else []
+    if folder and not files:
+        raise SettingError(f"There is no image in {folder.absolute()}.")
+    return files
+
+
+def fit(segmenter: "Segmenter", support: Path, negatives: list[Path]) -> None:
     """Shows the classes of a folder of examples, and says which.
 
     Args:
-        negatives: a folder of images that show none of them, or None.
+        negatives: images that show none of them.
 
     Raises:
-        SettingError: a folder holds no examples, or no image.
+        SettingError: the folder holds no examples.
         ImageError: a file cannot be read.
     """
     from pmnet.segment.formats import supports_of
-    from pmnet.segment.images import image_files
 
-    without = image_files(negatives) if negatives else []
-    if negatives and not without:
-        raise SettingError(f"There is no image in {negatives.absolute()}.")
     supports = supports_of(support)
     counts = ", ".join(f"{name} ({len(pairs)})" for name, pairs in supports.items())
-    print(f"Examples: {counts}; negatives: {len(without)}; head: {segmenter.recipe['name']}.", flush=True)
-    segmenter.fit(supports, without)
+    print(f"Examples: {counts}; negatives: {len(negatives)}; head: {segmenter.recipe['name']}.", flush=True)
+    segmenter.fit(supports, negatives)
 
 
 def tile_of(text: str) -> int | str | None:

@@ -172,6 +172,30 @@ def test_worker_that_dies_while_it_hands_over_a_batch_is_a_dead_worker(
 
 
 @dataclass
+class Forgetful:
+    """Items that leave an error of their worker that nothing can catch."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> int:
+        class Gone:
+            def __del__(self) -> None:
+                raise MemoryError
+
+        Gone()
+        time.sleep(60)
+        return i
+
+
+def test_worker_whose_threads_have_no_memory_is_a_dead_worker(capfd: pytest.CaptureFixture[str]) -> None:
+    """As "Exception ignored in thread started by": it would go on, and send nothing."""
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(EpisodeLoader(Forgetful(), num_workers=1, worker_init_fn=start_worker))
+    assert "MemoryError" not in capfd.readouterr().err
+
+
+@dataclass
 class Unreadable:
     """Items whose file is gone."""
 

@@ -126,7 +126,11 @@ def test_command_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[st
         == 0
     )
     assert f"negatives: 0; head: {best}." in capsys.readouterr().out
-    for words, message in ((("--heads", "cow"), "no file, folder or method 'cow'"), (("--support", "x"), "no folder")):
+    for words, message in (
+        (("--heads", "cow"), "no file, folder or method 'cow'"),
+        (("--heads", "best", "nearest"), "A folder of that name is ./best"),
+        (("--support", "x"), "no folder"),
+    ):
         assert command("compare", "--support", examples, *words) == 1
         error = capsys.readouterr().err
         assert error.startswith("Error: ")
