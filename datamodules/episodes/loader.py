@@ -111,8 +111,7 @@ class PatientIterator(_MultiProcessingDataLoaderIter):
             super()._shutdown_workers()
         finally:
             late.cancel()
-            for worker in self._workers:
-                worker.kill()
+            self.give_up()
 
 
 def watch(batches: "weakref.ref[PatientIterator]", over: threading.Event, patience: float) -> None:

@@ -76,10 +76,8 @@ def test_segment_takes_the_best_head_and_of_equal_ones_the_first(
         return Segmenter(made(PROTOTYPE), "cpu")
 
     monkeypatch.setattr(Segmenter, "load", load)
-    assert (
-        command("segment", "--head", "best", "--support", examples, "--images", examples, "--out", tmp_path / "out")
-        == 0
-    )
+    words = ("--support", examples, "--images", examples, "--out", tmp_path / "out")
+    assert command("segment", "--head", "best", *words) == 0
     assert loaded == [max(score_of, key=lambda head: score_of[head])]
     assert "Left out, as they have one example: cow." in capsys.readouterr().out
 
@@ -88,9 +86,8 @@ def test_best_of_single_examples_is_one_message(tmp_path: Path, capsys: pytest.C
     examples = folder(tmp_path / "examples")
     (examples / "cat" / "1.jpg").unlink()
     (examples / "cat" / "1.png").unlink()
-    assert (
-        command("segment", "--head", "best", "--support", examples, "--images", examples, "--out", tmp_path / "x") == 1
-    )
+    words = ("--support", examples, "--images", examples, "--out", tmp_path / "x")
+    assert command("segment", "--head", "best", *words) == 1
     assert capsys.readouterr().err == (
         "Error: To compare heads, give at least two examples of a class: each is segmented by the others.\n"
     )
@@ -109,22 +106,8 @@ def test_command_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert names[2:] == ["pmnet_lite", "prototype", "nearest"]
     assert f"pmnet segment --head {best} --support '{examples}' --images" in output
     assert "Left out, as they have one example: cow." in output
-    assert (
-        command(
-            "segment",
-            "--head",
-            "best",
-            "--support",
-            examples,
-            "--images",
-            examples / "cow",
-            "--out",
-            tmp_path / "out",
-            "--device",
-            "cpu",
-        )
-        == 0
-    )
+    words = ("--support", examples, "--images", examples / "cow", "--out", tmp_path / "out")
+    assert command("segment", "--head", "best", *words, "--device", "cpu") == 0
     assert f"negatives: 0; head: {best}." in capsys.readouterr().out
     for words, message in (
         (("--heads", "cow"), "no file, folder or method 'cow'"),
