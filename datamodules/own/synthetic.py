@@ -99,10 +99,14 @@ class SyntheticDataset(FewShotDataset):
         return [f"{self.classes[class_id]} {first + i:07d}" for i in range(self.images_per_class)]
 
     def read_image(self, name: str) -> Tensor:
-        return torch.from_numpy(draw(name, self.size, self.seed)[0].transpose(2, 0, 1).copy())
+        return torch.from_numpy(self.drawn(name)[0].transpose(2, 0, 1).copy())
 
     def read_index(self, name: str) -> Tensor:
-        return torch.from_numpy(draw(name, self.size, self.seed)[1].copy())
+        return torch.from_numpy(self.drawn(name)[1].copy())
+
+    def drawn(self, name: str) -> tuple[Array, Array]:
+        """An image (size, size, 3) and its index mask (size, size), uint8, which are shared with later calls."""
+        return draw(name, self.size, self.seed)
 
 
 @lru_cache(maxsize=8)
