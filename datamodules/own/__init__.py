@@ -1,1 +1,1 @@
-"""Datasets of the user's own images, and the synthetic dataset."""
+"""Datasets of the user's own images, and the synthetic ones."""
