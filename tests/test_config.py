@@ -81,7 +81,8 @@ def test_experiments_leave_the_command_line_the_last_word(experiment):
 
 def test_synthetic_images_follow_the_image_size():
     assert compose("config", ["dataset=synthetic"]).dataset.size == 128
-    assert compose("config", ["dataset=synthetic", "episodes.image_size=64"]).dataset.size == 64
+    for name in ("synthetic", "materials"):
+        assert compose("config", [f"dataset={name}", "episodes.image_size=64"]).dataset.size == 64
 
 
 def test_targets_are_the_datasets():

@@ -3,7 +3,7 @@
 Photos of things teach a network to look for things. Microscopy, surfaces, skin or the ground show materials instead: in
 grains, blots, layers or veins, with soft edges, often grey, on a ground that is a material itself. A class is such a
 material together with the form of its regions. Each image varies its scale, angle, light, sharpness and noise, and may
-show a region of something else. Half of the classes always lie on the same ground, as images of one domain do.
+show a region of something else. About half of the classes always lie on the same ground, as images of one domain do.
 """
 
 from functools import lru_cache
@@ -46,11 +46,11 @@ class Material(NamedTuple):
     """A pattern of two colours that blend into one another.
 
     Attributes:
-        colours: (2, 3), 0..255.
+        colours: (2, 3), around 0..255; what lies outside is clipped in the image.
         period: of the pattern, as a share of the image's side.
         spread: of the frequencies; a small one makes a regular pattern.
-        angle: in radians, of a pattern that has a direction.
-        stretch: 1 = no direction; the length of the pattern's parts over their width.
+        angle: in radians, across the parts of a pattern that has a direction.
+        stretch: the length of a pattern's parts over their width; 1 = no direction.
         hardness: of the edges between the colours.
     """
 

@@ -98,6 +98,9 @@ class SyntheticDataset(FewShotDataset):
         first = TEST_NUMBERS if split == "test" else 0
         return [f"{self.classes[class_id]} {first + i:07d}" for i in range(self.images_per_class)]
 
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()}; {self.size} pixels"
+
     def read_image(self, name: str) -> Tensor:
         return torch.from_numpy(self.drawn(name)[0].transpose(2, 0, 1).copy())
 

@@ -21,7 +21,7 @@ def pairs(task):
 
 def test_every_dataset_is_found():
     assert list(KINDS) == sorted(path.stem for path in (ROOT / "conf" / "dataset").glob("*.yaml"))
-    assert set(BENCHMARKS) == set(KINDS) - {"folder", "mixture", "synthetic"}
+    assert set(BENCHMARKS) == set(KINDS) - {"folder", "materials", "mixture", "synthetic"}
 
 
 def test_the_papers_pairs_are_possible():
