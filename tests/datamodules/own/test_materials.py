@@ -1,17 +1,11 @@
-import hashlib
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
-from datamodules.own.materials import CLASSES, FORMS, MaterialsDataset, blurred, draw, noise, region
+from datamodules.own.materials import CLASSES, FORMS, MaterialsDataset, draw, noise, region
 from datamodules.registry import all_datasets
 from pmnet.training.metrics import FewShotIoU
-from tests.conftest import ROOT
 
 SIZE = 96
 
@@ -34,7 +28,7 @@ def test_images_show_their_class_alone_and_all_differ(materials, class_id):
     names = [*materials.images_of(class_id, "train"), *materials.images_of(class_id, "test")]
     images, masks = ([read(name) for name in names] for read in (materials.read_image, materials.read_index))
     assert len({image.numpy().tobytes() for image in images}) == len(names) == 12
-    assert len({mask.numpy().tobytes() for mask in masks}) == 12  # images differ by their noise alone
+    assert len({mask.numpy().tobytes() for mask in masks}) == 12  # noise alone would make images differ
     for image, index in zip(images, masks, strict=True):
         assert (image.shape, index.shape) == ((3, SIZE, SIZE), (SIZE, SIZE))
         assert image.dtype == index.dtype == torch.uint8
@@ -81,23 +75,11 @@ def test_guessing_without_the_supports_scores_low(materials, guess):
     assert 2 < metric.compute()["miou"] < 35
 
 
-def digest() -> str:
-    """sha256 of an image and a mask of some classes, of an odd size."""
-    dataset, sha = MaterialsDataset(size=33, images_per_class=2, seed=3), hashlib.sha256()
-    for class_id in range(0, 48, 5):
-        name = dataset.images_of(class_id, "train")[1]
+def test_odd_sizes():
+    dataset = MaterialsDataset(size=33, images_per_class=2, seed=3)
+    for name in dataset.images_of(4, "train"):
         assert dataset.read_image(name).shape == (3, 33, 33)
-        sha.update(dataset.read_image(name).numpy().tobytes() + dataset.read_index(name).numpy().tobytes())
-    return sha.hexdigest()
-
-
-@pytest.mark.slow
-def test_another_process_draws_the_same():
-    code = "from tests.datamodules.own.test_materials import digest; print(digest())"
-    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert other.returncode == 0, other.stderr
-    assert other.stdout.strip() == digest()
+        assert dataset.read_index(name).unique().tolist() == [0, 5]
 
 
 @pytest.mark.parametrize("period", [0.02, 0.05, 0.1])
@@ -126,10 +108,3 @@ def test_forms(seed):
     thickness = {form: 2 * ndimage.distance_transform_edt(mask).max() for form, mask in inside.items()}
     assert max(thickness["grains"], thickness["veins"]) < 25
     assert min(thickness["blots"], thickness["layers"]) > 30
-
-
-@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.5])
-def test_blurred_is_scipys(sigma):
-    image = np.random.default_rng(0).uniform(0, 255, (32, 32, 3))
-    true = ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="reflect", radius=int(3 * sigma + 1))
-    np.testing.assert_allclose(blurred(image, sigma), true)

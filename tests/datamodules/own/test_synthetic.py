@@ -10,6 +10,7 @@ import torch
 from scipy import ndimage
 
 from datamodules.own.synthetic import CLASSES, SyntheticDataset, draw
+from datamodules.registry import all_datasets
 from pmnet.training.metrics import FewShotIoU
 
 ROOT = Path(__file__).parents[3]
@@ -25,23 +26,34 @@ def all_names(dataset, class_id):
     return [*dataset.images_of(class_id, "train"), *dataset.images_of(class_id, "test")]
 
 
-def digest() -> str:
+def digest(kind: str) -> str:
     """sha256 of an image and a mask of each class."""
-    dataset = SyntheticDataset(size=64, images_per_class=2, seed=3)
+    dataset = all_datasets()[kind](size=64, images_per_class=2, seed=3)
     sha = hashlib.sha256()
-    for class_id in range(len(CLASSES)):
+    for class_id in range(len(dataset.classes)):
         for name in (dataset.images_of(class_id, "train")[1], dataset.images_of(class_id, "test")[0]):
             sha.update(dataset.read_image(name).numpy().tobytes() + dataset.read_index(name).numpy().tobytes())
     return sha.hexdigest()
 
 
 @pytest.mark.slow
-def test_another_process_draws_the_same():
-    code = "from tests.datamodules.own.test_synthetic import digest; print(digest())"
+@pytest.mark.parametrize("kind", ["synthetic", "materials"])
+def test_another_process_draws_the_same(kind):
+    code = f"from tests.datamodules.own.test_synthetic import digest; print(digest('{kind}'))"
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert other.returncode == 0, other.stderr
-    assert other.stdout.strip() == digest()
+    assert other.stdout.strip() == digest(kind)
+
+
+@pytest.mark.parametrize("kind", ["synthetic", "materials"])
+def test_fingerprint_is_that_of_what_is_drawn(kind):
+    """Caches of images tell datasets apart by it."""
+    settings = [{}, {"size": 48}, {"seed": 4}]
+    prints = {
+        all_datasets()[kind](**({"size": 64, "images_per_class": 2, "seed": 3} | s)).fingerprint() for s in settings
+    }
+    assert len(prints) == 3
 
 
 def test_random_state_outside_changes_nothing(synthetic):
