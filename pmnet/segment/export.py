@@ -29,7 +29,7 @@ from torch.export import Dim, ExportedProgram
 from pmnet.errors import CheckpointError, SettingError
 from pmnet.methods import Head, Method
 from pmnet.methods.base import resize, size_of
-from pmnet.methods.pmnet import PMNetHead, decoder
+from pmnet.methods.pmnet import PMNetHead, decoder, hsfm
 from pmnet.methods.pmnet.affinity import Affinity
 from pmnet.methods.pmnet.hsfm import coarse_mask
 from pmnet.segment.recipe import Built
@@ -192,10 +192,11 @@ def name_of(path: tuple[Any, ...]) -> str:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Within it, PMNet matches all shots at once, its decoder convolves as the paper says, and timm pads unknown sides
-    in one step."""
+    """Within it, PMNet matches all shots at once, its softmax and its decoder are as the paper says, and timm pads
+    unknown sides in one step."""
     with (
         patch.object(PMNetHead, "match", match),
+        patch.object(hsfm, "filtered", filtered),
         patch.object(decoder, "fused", convolved),
         patch.object(import_module("timm.layers.conv2d_same"), "pad_same", padded),
     ):
@@ -225,6 +226,11 @@ def match(self: PMNetHead, layer: str, query: list[Tensor], support: list[Tensor
     S = affinity(each_shot, affinity.support_tokens(supports))
     evidence = self.hsfm[layer](S, mask_N1hw.flatten(1), query_size, support_size)
     return coarse_mask(evidence, K).unflatten(2, query_size)
+
+
+def filtered(E_NQSC: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """As `lean.filtered`, whose pooling takes no unknown sides."""
+    return (mask_NS[:, None, None] @ E_NQSC.softmax(dim=2)).squeeze(2), E_NQSC.logsumexp(dim=2)
 
 
 def convolved(conv: nn.Conv2d, coarse: Tensor, fine: Tensor) -> Tensor:
