@@ -1,8 +1,22 @@
-"""Datasets and few-shot episodes: where the images come from and how they are batched."""
+"""Datasets and few-shot episodes: where the images come from and how they are batched.
 
-from datamodules.episodes.dataset import FewShotDataset
-from datamodules.episodes.episode import Episode
-from datamodules.episodes.module import FewShotDataModule
-from datamodules.episodes.protocol import Protocol
+What is exported here is imported on first use, so that commands that only read files need not wait for Lightning.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.episodes.dataset import FewShotDataset
+    from datamodules.episodes.episode import Episode
+    from datamodules.episodes.module import FewShotDataModule
+    from datamodules.episodes.protocol import Protocol
+
+HOMES = {"Episode": "episode", "FewShotDataModule": "module", "FewShotDataset": "dataset", "Protocol": "protocol"}
 __all__ = ["Episode", "FewShotDataModule", "FewShotDataset", "Protocol"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'datamodules' has no attribute '{name}'")
+    return getattr(import_module(f"datamodules.episodes.{HOMES[name]}"), name)

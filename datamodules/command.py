@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
@@ -14,10 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from datamodules.episodes.dataset import Episodes, FewShotDataset
-from datamodules.episodes.module import FewShotDataModule
-from datamodules.episodes.protocol import Protocol
 from datamodules.errors import DatasetError
 from pmnet.errors import ImageError
+
+if TYPE_CHECKING:
+    from datamodules.episodes.module import FewShotDataModule  # Lightning takes seconds to import
+    from datamodules.episodes.protocol import Protocol
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -5,7 +5,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from datamodules.episodes.augment import Crops, augmented, seeded
+from datamodules.episodes.augment import augmented, seeded
+from datamodules.episodes.crops import Crops
 from datamodules.episodes.dataset import Episodes
 from datamodules.episodes.sampler import TrainingEpisodes
 from datamodules.own.synthetic import SyntheticDataset
