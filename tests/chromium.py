@@ -96,6 +96,7 @@ class Tab:
 
     def picture(self, path: Path) -> None:
         """Writes a PNG of the whole page."""
+        self.send("Page.bringToFront")  # a tab behind another is drawn minutes later
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
 
 
