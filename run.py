@@ -1,12 +1,8 @@
 """The only entry. `python run.py --help` shows the choices, README.md the commands to begin with."""
 
-import atexit
-import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
-from functools import cache
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until a run or a sweep takes the signals itself, Ctrl-C ends the process without a word. As an exception it would
@@ -18,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.run.start import job
 from experiments.sweep import Sweep
 from experiments.sweep.jobs import end_with_parent
 
@@ -28,22 +25,7 @@ WANTED = os.environ.get(TRACES, "0")
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> float:
     os.environ[TRACES] = WANTED
-    return what_runs()(cfg)
-
-
-@cache
-def what_runs() -> Callable[[DictConfig], float]:
-    """Imports what a run needs, which takes seconds; `--help` need not wait for it.
-
-    The garbage collector rests meanwhile: it would look through ever more modules, a fifth of the time, for nothing.
-    """
-    gc.disable()
-    from experiments.run.job import run_job
-
-    gc.freeze()  # nor need it look through them later; a job that is a fork shares their memory
-    atexit.register(gc.unfreeze)  # the end of a process does need it
-    gc.enable()
-    return run_job
+    return job()(cfg)
 
 
 if __name__ == "__main__":
