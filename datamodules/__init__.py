@@ -12,11 +12,20 @@ if TYPE_CHECKING:
     from datamodules.episodes.module import FewShotDataModule
     from datamodules.episodes.protocol import Protocol
 
-HOMES = {"Episode": "episode", "FewShotDataModule": "module", "FewShotDataset": "dataset", "Protocol": "protocol"}
+HOMES = {
+    "Episode": "datamodules.episodes.episode",
+    "FewShotDataModule": "datamodules.episodes.module",
+    "FewShotDataset": "datamodules.episodes.dataset",
+    "Protocol": "datamodules.episodes.protocol",
+}
 __all__ = ["Episode", "FewShotDataModule", "FewShotDataset", "Protocol"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'datamodules' has no attribute '{name}'")
-    return getattr(import_module(f"datamodules.episodes.{HOMES[name]}"), name)
+    return getattr(import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOMES])

@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 def job() -> Callable[[DictConfig], float]:
     """`run_job`, imported while the garbage collector rests: it would look through ever more modules, for nothing."""
     gc.disable()
-    from experiments.run.job import run_job
-
+    try:
+        from experiments.run.job import run_job
+    finally:
+        gc.enable()
     gc.freeze()  # nor need it look through them later; a job that is a fork shares their memory
-    atexit.register(gc.unfreeze)  # the end of a process does need it
-    gc.enable()
+    atexit.register(gc.unfreeze)  # else they outlive Python, and a library of PyTorch's prints that they leaked
     return run_job

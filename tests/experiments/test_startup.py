@@ -30,6 +30,6 @@ def test_every_program_is_timed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [COLLECTOR, DATA_COMMANDS], ids=["collector", "data commands"])
 def test_imports(code: str) -> None:
-    """The garbage collector works again after a job's imports; commands that only read data do without Lightning."""
+    """The garbage collector works again after a job's imports; preparing data, and help, do without Lightning."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -210,7 +210,8 @@ def convolved(
         out_part = out[i]
         z_query = F.conv3d(y_query, over_query, shift, padding=(k, k, 0))
         z_support = F.conv3d(y_support, over_support, padding=(0, k, k))
-        torch.add(*(z.movedim(1, -1).reshape(out_part.shape) for z in (z_query, z_support)), out=out_part)
+        both = (z.movedim(1, -1).reshape(out_part.shape) for z in (z_query, z_support))
+        torch.add(*both, out=out_part)
     return out
 
 
@@ -270,15 +271,21 @@ def filtered(E_NQSC: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
         Share in [0, 1] and log-denominator, each (N, Q, C).
     """
     softmax = E_NQSC.softmax(dim=2)
-    share = (mask_NS[:, None, None] @ softmax).squeeze(2)
     peak, at = peaks(softmax)  # the peak is exp(E - logsum) at the largest E; torch.logsumexp takes twice as long
-    return share, (E_NQSC.gather(2, at) - peak.log()).squeeze(2)
+    return on_mask(softmax, mask_NS), (E_NQSC.gather(2, at) - peak.log()).squeeze(2)
+
+
+def on_mask(softmax_NQSC: Tensor, mask_NS: Tensor) -> Tensor:
+    """The share (N, Q, C) of a softmax over the support pixels that lies on the mask."""
+    if softmax_NQSC.device.type != "cpu":  # autocast would round both sides of a matrix product
+        return (softmax_NQSC * mask_NS[:, None, :, None]).sum(dim=2)
+    return (mask_NS[:, None, None].to(softmax_NQSC.dtype) @ softmax_NQSC).squeeze(2)
 
 
 def peaks(x_NQSC: Tensor) -> tuple[Tensor, Tensor]:
     """The largest entries over the support pixels, and where they are, each (N, Q, 1, C)."""
     if x_NQSC.device.type != "cpu":
         return x_NQSC.max(dim=2, keepdim=True)
-    x_MC1S = x_NQSC.flatten(0, 1).movedim(2, 1)[:, :, None]  # a pooling of such memory is three times as fast
-    pooled = F.max_pool2d(x_MC1S, (1, x_MC1S.shape[3]), return_indices=True)
-    return tuple(x.movedim(1, -1).flatten(1, 2).unflatten(0, x_NQSC.shape[:2]) for x in pooled)
+    x = x_NQSC.flatten(0, 1).movedim(2, 1)[:, :, None]  # (N*Q, C, 1, S), where a pooling is three times as fast as max
+    pooled = F.max_pool2d(x, (1, x.shape[3]), return_indices=True)
+    return tuple(y.movedim(1, -1).flatten(1, 2).unflatten(0, x_NQSC.shape[:2]) for y in pooled)
