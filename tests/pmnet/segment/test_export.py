@@ -73,8 +73,8 @@ def sessions(folder: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model, backbone",
-    [(PMNET, RESNET50), (GROUPS, SMALL), (NEAREST, LITE), (SHIPPED, LITE)],
-    ids=["pmnet-resnet50", "dam-small", "nearest-lite", "shipped-lite"],
+    [(PMNET, RESNET50), (PMNET, LITE), (GROUPS, SMALL), (NEAREST, LITE), (SHIPPED, LITE)],
+    ids=["pmnet-resnet50", "pmnet-lite", "dam-small", "nearest-lite", "shipped-lite"],
 )
 def test_onnx_graphs_compute_the_logits_of_the_method(model: dict, backbone: dict, tmp_path: Path) -> None:
     built = random(model, backbone)
